@@ -1,0 +1,46 @@
+"""flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
+
+from flipout.draw import Draw
+from flipout.errors import (
+    ArgumentError,
+    BatchError,
+    DrawError,
+    FlipoutError,
+    MemberError,
+    MissingRuleError,
+    UnsupportedNoiseError,
+)
+from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
+from flipout.noise import DropConnect, FromDistribution, Gaussian, MultiplicativeGaussian, Noise, Rademacher
+from flipout.perturb import Perturbed, perturbed
+from flipout.registry import rule
+from flipout.weight import PerturbedWeight
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ArgumentError",
+    "BatchError",
+    "Draw",
+    "DrawError",
+    "DropConnect",
+    "Estimator",
+    "Flipout",
+    "FlipoutError",
+    "FromDistribution",
+    "Gaussian",
+    "Independent",
+    "LocalReparameterization",
+    "LowRank",
+    "MemberError",
+    "MissingRuleError",
+    "MultiplicativeGaussian",
+    "Noise",
+    "Perturbed",
+    "PerturbedWeight",
+    "Rademacher",
+    "Shared",
+    "UnsupportedNoiseError",
+    "perturbed",
+    "rule",
+]

@@ -1,0 +1,39 @@
+"""The library's errors. Each says what was found, why it cannot work and what to do next."""
+
+__all__ = [
+    "ArgumentError",
+    "BatchError",
+    "DrawError",
+    "FlipoutError",
+    "MemberError",
+    "MissingRuleError",
+    "UnsupportedNoiseError",
+]
+
+
+class FlipoutError(Exception):
+    """Base of every error that flipout raises on purpose."""
+
+
+class ArgumentError(FlipoutError, ValueError):
+    """An argument cannot mean anything: a scale that is not positive, a pattern that matches nothing."""
+
+
+class UnsupportedNoiseError(FlipoutError, ValueError):
+    """An estimator cannot serve this noise, or this use of a weight, without bias."""
+
+
+class MissingRuleError(FlipoutError, NotImplementedError):
+    """A torch operation met a perturbed weight and no rule says what that means."""
+
+
+class BatchError(FlipoutError, ValueError):
+    """The rows of a tensor cannot be matched to the members of the draw."""
+
+
+class MemberError(FlipoutError, IndexError):
+    """A member index lies outside the draw."""
+
+
+class DrawError(FlipoutError, RuntimeError):
+    """A draw is used outside its life: held twice, or asked for members before any are known."""

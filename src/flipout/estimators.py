@@ -1,0 +1,304 @@
+"""Estimators: how the members of a batch share a draw of the noise.
+
+An estimator turns the shape of a parameter and its noise into a :class:`Sample`: a unit draw ε and the factors that make it
+differ per member. Everything of a sample is free of gradients, so one sample can be held and applied again and again.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flipout.errors import ArgumentError, UnsupportedNoiseError
+from flipout.noise import Gaussian, Noise
+from flipout.signs import draw_bits
+from flipout.weight import Factor
+
+__all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Sample", "Shared", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is drawn for: a parameter's mean weight, its noise, and the axes along which signs may vary.
+
+    ``axes`` are the output and input axes of a matrix or a convolution, the feature axis of an embedding, the only axis of a
+    vector; a sign is never drawn along the taps of a kernel.
+    """
+
+    name: str
+    mean: Tensor
+    noise: Noise
+    axes: tuple[int, ...]
+
+    def signs(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Axes and sizes of each sign factor: one an axis, or one number for a scalar."""
+        return [((axis,), (self.mean.shape[axis],)) for axis in self.axes] or [((), ())]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One parameter's draw, free of gradients.
+
+    Attributes:
+        unit: ε, of the mean's shape; ``[N, *shape]`` if ``per_member``; 0-d where factors alone make the noise.
+        factors: one tuple a term of the carrier.
+        per_member: whether ``unit`` differs per member by itself.
+    """
+
+    unit: Tensor
+    factors: tuple[tuple[Factor, ...], ...] = ((),)
+    per_member: bool = False
+
+    def with_members(self, members: Sequence[int], fresh: Sample) -> Sample:
+        """The sample with the given members' draws replaced by the rows of ``fresh``."""
+        index = torch.as_tensor(list(members), device=self.unit.device)
+
+        def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+            return None if old is None or new is None else old.index_copy(0, index, new)
+
+        factors = tuple(
+            tuple(replace(o, values=put(o.values, n.values)) for o, n in zip(olds, news, strict=True))
+            for olds, news in zip(self.factors, fresh.factors, strict=True)
+        )
+        unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
+        return Sample(unit, factors, self.per_member)
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """How the members of a batch share a draw. Frozen and stateless."""
+
+    #: Whether members have weights of their own, which can be listed, held and resampled.
+    has_members = True
+    #: Whether signs are drawn afresh for each token, at each use of a weight.
+    per_token = False
+
+    def check(self, noise: Noise, name: str) -> None:
+        """Raises UnsupportedNoiseError if the estimator would be biased or undefined under ``noise``."""
+
+    @abstractmethod
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        """Draws one sample for each target, for ``members`` members (None: signs come later, per token)."""
+
+    def resample(
+        self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
+    ) -> list[Sample]:
+        """Fresh draws for some members of existing samples; what members share stays."""
+        fresh = self.sample(targets, len(members), generator)
+        return [old.with_members(members, new) for old, new in zip(samples, fresh, strict=True)]
+
+
+@dataclass(frozen=True)
+class Flipout(Estimator):
+    """One base perturbation for all members, times a random rank-one sign matrix each.
+
+        W_n = W̄ + ΔW ∘ (r_n s_nᵀ),      r_n ∈ {±1}^out,  s_n ∈ {±1}^in
+
+    Wen et al. 2018, Eq. 4. Unbiased for noise that is symmetric about zero and independent across weights; each member's
+    weights have exactly the noise's law, and members are uncorrelated given nothing. Costs two matrix products in place of one.
+
+    Args:
+        granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an
+            operation's input. ``"token"`` draws new signs for every row of every operation: what mixtures of experts need, and no
+            longer one function per example.
+
+    Raises:
+        ArgumentError: if ``granularity`` is neither.
+    """
+
+    granularity: str = "example"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("example", "token"):
+            raise ArgumentError(f'Flipout(granularity={self.granularity!r}): choose "example" or "token"')
+
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        return self.granularity == "token"
+
+    @property
+    def has_members(self) -> bool:  # type: ignore[override]
+        return not self.per_token
+
+    def check(self, noise: Noise, name: str) -> None:
+        if not noise.symmetric:
+            raise UnsupportedNoiseError(
+                f"Flipout multiplies the perturbation by random signs, so its law must be symmetric about zero, and {noise} on "
+                f"{name!r} is not; use Independent() or Shared(), or a symmetric noise such as DropConnect(0.5)"
+            )
+
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        units = _units(targets, generator)
+        signs = iter(self._signs(targets, members, generator))
+        return [
+            Sample(unit, (tuple(Factor(next(signs), axes, sizes) for axes, sizes in target.signs()),))
+            for unit, target in zip(units, targets, strict=True)
+        ]
+
+    def resample(
+        self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
+    ) -> list[Sample]:
+        signs = iter(self._signs(targets, len(members), generator))
+        fresh = [
+            Sample(old.unit, tuple(tuple(replace(f, values=next(signs)) for f in term) for term in old.factors))
+            for old in samples
+        ]
+        return [old.with_members(members, new) for old, new in zip(samples, fresh, strict=True)]
+
+    def _signs(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Tensor] | list[None]:
+        counts = [math.prod(sizes) for target in targets for _, sizes in target.signs()]
+        if members is None:
+            return [None] * len(counts)
+        return draw_bits(members, counts, generator=generator, device=targets[0].mean.device)
+
+
+@dataclass(frozen=True)
+class Shared(Estimator):
+    """One perturbation for the whole batch: the usual cheap scheme, whose gradient variance stops falling with N."""
+
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        return [Sample(unit) for unit in _units(targets, generator)]
+
+    def resample(
+        self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
+    ) -> list[Sample]:
+        raise UnsupportedNoiseError(
+            "under Shared() all members have one perturbation, so none of them can be resampled alone; hold a new draw"
+        )
+
+
+@dataclass(frozen=True)
+class Independent(Estimator):
+    """An independent, dense perturbation for every member: exact, the oracle, and N times the weights' memory."""
+
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        return [_independent(target, members or 0, generator) for target in targets]
+
+
+@dataclass(frozen=True)
+class LocalReparameterization(Estimator):
+    """Samples the pre-activations of linear layers from their exact Gaussian law, independently per example.
+
+        y_n ~ N(W̄ x_n, (σ ∘ σ)(x_n ∘ x_n))
+
+    Kingma et al. 2015; the paper's Eq. 2. Exact and lower in variance than any weight sample, for Gaussian noise and weights
+    that each example uses once. It refuses what shares a weight within an example (convolutions, sequences, a layer called
+    twice), where independent pre-activations would be biased. Vectors (biases, gains) get an independent draw per example.
+    """
+
+    has_members = False
+
+    def check(self, noise: Noise, name: str) -> None:
+        if not isinstance(noise, Gaussian):
+            raise UnsupportedNoiseError(
+                f"LocalReparameterization() knows the law of a pre-activation for Gaussian noise only, and {name!r} has {noise}; "
+                "use Flipout(), or Gaussian noise"
+            )
+
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        return [
+            _independent(target, members or 0, generator)
+            if target.mean.dim() < 2
+            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device))
+            for target in targets
+        ]
+
+
+@dataclass(frozen=True)
+class LowRank(Estimator):
+    """A random matrix of low rank per member, for evolution strategies.
+
+        ΔW_n = σ ∘ (a_n b_nᵀ) / √rank,      a_n [out, rank], b_n [in, rank] unit draws of the noise
+
+    Entries have the noise's mean and variance, not its law (a product of Gaussians has heavier tails). No base is shared, so
+    members are independent. With one fixed scale for all entries the perturbation costs a product of width ``rank``. Vectors get an
+    independent draw per member. Where the axes are not those of a matrix, rows are the first axis and columns all others.
+
+    Args:
+        rank: a positive integer.
+
+    Raises:
+        ArgumentError: if ``rank`` is not a positive integer.
+    """
+
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ArgumentError(f"LowRank(rank={self.rank!r}): rank is a positive integer")
+
+    def check(self, noise: Noise, name: str) -> None:
+        if not noise.standardized:
+            raise UnsupportedNoiseError(
+                f"LowRank multiplies two unit draws of variance one, so it takes Gaussian or Rademacher noise, and {name!r} has "
+                f"{noise}"
+            )
+
+    def sample(
+        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
+    ) -> list[Sample]:
+        return [self._sample_one(target, members or 0, generator) for target in targets]
+
+    def _sample_one(self, target: Target, members: int, generator: torch.Generator | None) -> Sample:
+        mean = target.mean
+        if mean.dim() < 2:
+            return _independent(target, members, generator)
+        rows, columns = mean.shape[0], mean.shape[1:]
+        sizes = (rows, columns.numel())
+        a, b = (
+            target.noise.unit(
+                torch.Size([self.rank, members, size]), generator=generator, dtype=mean.dtype, device=mean.device
+            )
+            for size in sizes
+        )
+        factors = tuple(
+            (
+                Factor(a[k], (0,), (rows,), packed=False),
+                Factor(b[k], tuple(range(1, mean.dim())), tuple(columns), packed=False),
+            )
+            for k in range(self.rank)
+        )
+        return Sample(torch.full((), 1 / math.sqrt(self.rank), dtype=mean.dtype, device=mean.device), factors)
+
+
+def _units(targets: Sequence[Target], generator: torch.Generator | None) -> list[Tensor]:
+    """One unit draw a target; targets with one law, dtype and device are drawn as one stream and split."""
+    units: dict[int, Tensor] = {}
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for i, target in enumerate(targets):
+        groups.setdefault((id(target.noise), target.mean.dtype, target.mean.device), []).append(i)
+    for (_, dtype, device), group in groups.items():
+        means = [targets[i].mean for i in group]
+        noise = targets[group[0]].noise
+        if len(group) == 1 or not noise.standardized:
+            drawn = [noise.unit(mean.shape, generator=generator, dtype=dtype, device=device) for mean in means]
+        else:
+            counts = [mean.numel() for mean in means]
+            stream = noise.unit(torch.Size([sum(counts)]), generator=generator, dtype=dtype, device=device)
+            drawn = [piece.view(mean.shape) for piece, mean in zip(stream.split(counts), means, strict=True)]
+        units.update(zip(group, drawn, strict=True))
+    return [units[i] for i in range(len(targets))]
+
+
+def _independent(target: Target, members: int, generator: torch.Generator | None) -> Sample:
+    mean = target.mean
+    shape = torch.Size([members, *mean.shape])
+    unit = target.noise.unit(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return Sample(unit, per_member=True)

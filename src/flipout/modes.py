@@ -1,0 +1,35 @@
+"""How the current call is being run: compiled, transformed, differentiated or autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast", "composed", "transformed"]
+
+
+def transformed() -> bool:
+    """Whether ``torch.compile`` or a ``torch.func`` transform is tracing: then nothing may be written in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def composed(*tensors: Tensor | None) -> bool:
+    """Whether to compose plain torch operations in place of a hand-written backward.
+
+    Under ``torch.compile`` the compiler fuses them itself; under ``torch.func`` transforms only plain operations
+    differentiate; without a gradient there is no backward to save.
+    """
+    return (
+        transformed()
+        or not torch.is_grad_enabled()
+        or not any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in autocast's dtype where autocast is on, as the matrix products of torch would take them."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)

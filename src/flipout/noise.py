@@ -1,0 +1,381 @@
+"""Noise: the law of the perturbation ΔW of a weight with mean W̄.
+
+Every noise factorises over the entries of a weight and has mean zero:
+
+    ΔW = scale ∘ ε             additive
+    ΔW = scale ∘ W̄ ∘ ε         relative to the mean
+
+with ε a *unit* draw of W̄'s shape. A noise is a small immutable description. The unit draw is kept apart from the scale so
+that a held draw can be applied again after W̄ or a learnable scale has moved.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from flipout.errors import ArgumentError
+from flipout.modes import composed
+from flipout.signs import draw_bits, unpack
+
+__all__ = ["DropConnect", "FromDistribution", "Gaussian", "MultiplicativeGaussian", "Noise", "Rademacher"]
+
+
+@dataclass(frozen=True)
+class Noise(ABC):
+    """The law of ΔW. Subclasses give :meth:`unit`, the draw of ε, and :meth:`unit_log_prob`, its log-density.
+
+    Attributes:
+        relative: whether ΔW is a multiple of the mean weight.
+        learnable: whether each entry's scale is a parameter, kept as ``log_std`` by :class:`flipout.Perturbed`.
+    """
+
+    std: float | Tensor = 1.0
+    relative: bool = False
+    learnable: bool = False
+
+    #: Whether ε has variance one, so that ``std`` is the standard deviation that a low-rank draw can match.
+    standardized: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_scale(type(self).__name__, self.std)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether ΔW and -ΔW have one law, which is what allows flipout's signs."""
+        return True
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the law has a mass in place of a density."""
+        return False
+
+    @abstractmethod
+    def unit(
+        self,
+        shape: torch.Size,
+        *,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Draws ε with the given shape, without gradient."""
+
+    @abstractmethod
+    def unit_log_prob(self, unit: Tensor) -> Tensor:
+        """Log-density (log-mass for a discrete law) of each entry of ε, in nats."""
+
+    def perturbation(self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
+        """ΔW from a unit draw, differentiable in ``mean`` (relative noise) and ``log_std`` (learnable noise).
+
+        Args:
+            unit: ε, of the mean's shape, or with leading member dimensions, or 0-d for the scale itself.
+            mean: W̄.
+            log_std: logarithm of each entry's scale where the noise is learnable, else None.
+
+        Returns:
+            ΔW, of the broadcast shape of its factors.
+        """
+        scaled = self._scaled(unit, mean, log_std)
+        return scaled * mean if self.relative else scaled
+
+    def _scaled(self, unit: Tensor, mean: Tensor, log_std: Tensor | None) -> Tensor:
+        if log_std is not None:
+            return _scale_by_exp(unit, log_std)
+        if isinstance(self.std, Tensor):
+            return unit * self.std.to(dtype=mean.dtype, device=mean.device)
+        return unit if self.std == 1.0 else unit * self.std
+
+    def scale(self, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
+        """The magnitude of ΔW's scale at each entry, of the mean's shape: std, or std·|W̄| for relative noise."""
+        one = torch.ones((), dtype=mean.dtype, device=mean.device)
+        return self.perturbation(one, mean, log_std).abs().expand(mean.shape)
+
+    def log_prob(self, perturbation: Tensor, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
+        """Log-density of each entry of ΔW, in nats (log-mass for a discrete law).
+
+        Args:
+            perturbation: ΔW, of the mean's shape.
+            mean: W̄, which sets the scale of relative noise.
+            log_std: as in :meth:`perturbation`.
+
+        Example:
+            >>> Gaussian(0.5).log_prob(torch.zeros(1), torch.ones(1)).exp()
+            tensor([0.7979])
+        """
+        scale = self.scale(mean, log_std)
+        if self.relative:  # a multiple of W̄ itself: keep its sign, which an asymmetric law needs
+            scale = scale * torch.where(mean < 0, -1.0, 1.0).to(mean.dtype)
+        density = self.unit_log_prob(perturbation / scale)
+        return density if self.discrete else density - scale.abs().log()
+
+    def initial_log_std(self, mean: Tensor) -> Tensor:
+        """The starting value of a learnable scale: log std at every entry of ``mean``."""
+        std = self.std if isinstance(self.std, Tensor) else torch.tensor(self.std, dtype=torch.float64)
+        return std.log().to(dtype=mean.dtype, device=mean.device).expand(mean.shape).clone()
+
+
+@dataclass(frozen=True)
+class Gaussian(Noise):
+    """ΔW ~ N(0, std²), or N(0, std² W̄²) when relative.
+
+    Args:
+        std: standard deviation, in the units of the weight (additive) or as a fraction of it (relative); a positive
+            float, or a tensor that broadcasts to the weight.
+        relative: scale ΔW by the mean weight.
+        learnable: make the standard deviation of each entry a parameter that starts at ``std``.
+
+    Raises:
+        ArgumentError: if ``std`` is not positive and finite.
+
+    Example:
+        >>> Gaussian(0.1).symmetric
+        True
+    """
+
+    std: float | Tensor
+
+    def unit(
+        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    def unit_log_prob(self, unit: Tensor) -> Tensor:
+        return -0.5 * (unit.square() + math.log(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class Rademacher(Noise):
+    """ΔW = ±std with equal probability, or ±std·W̄ when relative.
+
+    Arguments and errors as for :class:`Gaussian`.
+
+    Example:
+        >>> noise = Rademacher(0.1)
+        >>> g = torch.Generator().manual_seed(0)
+        >>> unit = noise.unit(torch.Size([4]), generator=g, dtype=torch.float32, device=torch.device("cpu"))
+        >>> noise.perturbation(unit, torch.zeros(4)).abs()
+        tensor([0.1000, 0.1000, 0.1000, 0.1000])
+    """
+
+    std: float | Tensor
+
+    @property
+    def discrete(self) -> bool:
+        return True
+
+    def unit(
+        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        count = shape.numel()
+        (bits,) = draw_bits(1, [count], generator=generator, device=device)
+        return unpack(bits, count, dtype).reshape(shape)
+
+    def unit_log_prob(self, unit: Tensor) -> Tensor:
+        on_support = torch.isclose(unit.abs(), torch.ones_like(unit))
+        return torch.where(on_support, -math.log(2.0), -math.inf)
+
+
+@dataclass(frozen=True)
+class MultiplicativeGaussian(Gaussian):
+    """W = W̄ ∘ (1 + std·ε) with ε ~ N(0, 1): :class:`Gaussian` noise relative to the mean."""
+
+    relative: bool = True
+
+
+@dataclass(frozen=True)
+class DropConnect(Noise):
+    """Drops each weight with probability ``p`` and scales the kept ones by 1/(1-p), so that the mean is W̄.
+
+    ΔW is -W̄ with probability p and W̄·p/(1-p) otherwise. At p = 0.5 these are -W̄ and +W̄: the relative
+    :class:`Rademacher` noise with std 1, the only symmetric case and so the only one that flipout takes.
+
+    Args:
+        p: probability of dropping a weight, 0 < p < 1.
+
+    Raises:
+        ArgumentError: if ``p`` lies outside (0, 1).
+
+    Example:
+        >>> DropConnect(0.5).symmetric, DropConnect(0.2).symmetric
+        (True, False)
+    """
+
+    std: float | Tensor = 1.0
+    relative: bool = True
+    p: float = 0.5
+
+    standardized: ClassVar[bool] = False
+
+    def __init__(self, p: float = 0.5) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 < p < 1.0:
+            raise ArgumentError(f"DropConnect(p={p!r}): p is a probability of dropping, 0 < p < 1")
+        for name, value in {"std": 1.0, "relative": True, "learnable": False, "p": float(p)}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.p == 0.5
+
+    @property
+    def discrete(self) -> bool:
+        return True
+
+    def unit(
+        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if self.symmetric:
+            return Rademacher(1.0).unit(shape, generator=generator, dtype=dtype, device=device)
+        kept = torch.rand(shape, generator=generator, device=device) >= self.p
+        return kept.to(dtype).div_(1 - self.p).sub_(1)
+
+    def unit_log_prob(self, unit: Tensor) -> Tensor:
+        kept = torch.isclose(unit, torch.full_like(unit, self.p / (1 - self.p)))
+        dropped = torch.isclose(unit, torch.full_like(unit, -1.0))
+        return torch.where(kept, math.log1p(-self.p), torch.where(dropped, math.log(self.p), -math.inf))
+
+
+@dataclass(frozen=True)
+class FromDistribution(Noise):
+    """ε from any real-valued ``torch.distributions`` law with mean zero, symmetric or not.
+
+    Draws go through the inverse distribution function where the law has one, and otherwise through
+    ``dist.sample`` under a seed taken from the generator, with torch's global random state put back.
+
+    Args:
+        dist: a law over the reals whose batch shape broadcasts to the weight.
+        relative: scale ΔW by the mean weight.
+        learnable: learn a factor on each entry, from 1.
+
+    Raises:
+        ArgumentError: if ``dist`` is no distribution over real scalars, or its mean is known and not zero.
+
+    Example:
+        >>> FromDistribution(torch.distributions.Laplace(0.0, 0.1)).symmetric
+        True
+    """
+
+    std: float | Tensor = 1.0
+    dist: Distribution = None  # type: ignore[assignment]
+
+    standardized: ClassVar[bool] = False
+
+    def __init__(self, dist: Distribution, relative: bool = False, learnable: bool = False) -> None:
+        _check_distribution(dist)
+        fields = {"std": 1.0, "relative": relative, "learnable": learnable, "dist": dist}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_even", _is_even(dist))
+
+    @property
+    def symmetric(self) -> bool:
+        even: bool = self._even  # type: ignore[attr-defined]
+        return even
+
+    @property
+    def discrete(self) -> bool:
+        return bool(self.dist.support.is_discrete)  # type: ignore[union-attr]
+
+    def unit(
+        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        law = self.dist.expand(shape)
+        drawn = _inverse_draw(law, generator, dtype, device)
+        if drawn is None:
+            drawn = _seeded_sample(law, generator, device)
+        return drawn.detach().to(dtype=dtype, device=device)
+
+    def unit_log_prob(self, unit: Tensor) -> Tensor:
+        inside = self.dist.support.check(unit)
+        safe = torch.where(inside, unit, torch.zeros_like(unit))
+        return torch.where(inside, self.dist.log_prob(safe), -math.inf)
+
+
+def _check_scale(kind: str, std: float | Tensor) -> None:
+    if isinstance(std, Tensor):
+        good = bool(((std > 0) & std.isfinite()).all()) and std.is_floating_point()
+    else:
+        good = isinstance(std, (int, float)) and not isinstance(std, bool) and math.isfinite(std) and std > 0
+    if not good:
+        raise ArgumentError(
+            f"{kind}(std={std!r}): a standard deviation is positive and finite; for no noise on a weight, exclude it"
+        )
+
+
+def _check_distribution(dist: Any) -> None:
+    if not isinstance(dist, Distribution):
+        raise ArgumentError(f"FromDistribution({dist!r}): expected a torch.distributions.Distribution")
+    if dist.event_shape:
+        raise ArgumentError(
+            f"FromDistribution({dist}): its draws are vectors (event shape {tuple(dist.event_shape)}), but entries of a "
+            "weight are perturbed independently; give the law of one entry"
+        )
+    try:
+        mean = dist.mean
+    except NotImplementedError:
+        return
+    if bool((mean.abs() > 1e-6).any()):  # a law without a mean (Cauchy) has nan here and passes
+        raise ArgumentError(f"FromDistribution({dist}): its mean is {mean}, but the mean weight is the module's own")
+
+
+def _is_even(dist: Distribution) -> bool:
+    """Whether the density is even, asked of the law's own draws."""
+    drawn = _seeded_sample(dist.expand(torch.Size([256, *dist.batch_shape])), None, torch.device("cpu"), seed=0)
+    inside: Any = dist.support.check(-drawn)  # type: ignore[union-attr]
+    if not bool(inside.all()):
+        return False
+    return torch.allclose(dist.log_prob(drawn), dist.log_prob(-drawn), rtol=1e-4, atol=1e-4)
+
+
+def _inverse_draw(
+    law: Distribution, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    if law.support.is_discrete:  # type: ignore[union-attr]
+        return None
+    wide = dtype if dtype == torch.float64 else torch.float32
+    uniform = torch.rand(law.batch_shape, generator=generator, dtype=wide, device=device)
+    uniform.clamp_(min=torch.finfo(wide).tiny)  # rand() can return 0, where the inverse is infinite
+    try:
+        return law.icdf(uniform)
+    except NotImplementedError:
+        return None
+
+
+def _seeded_sample(
+    law: Distribution, generator: torch.Generator | None, device: torch.device, seed: int | None = None
+) -> Tensor:
+    if seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return law.sample()
+
+
+class _ScaleByExp(torch.autograd.Function):
+    """ε ∘ exp(log σ), which is its own derivative in log σ: nothing but the result is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, log_std: Tensor) -> Tensor:
+        scaled = log_std.exp().mul_(unit) if unit.dim() <= log_std.dim() else unit * log_std.exp()
+        ctx.save_for_backward(scaled)
+        ctx.shape = log_std.shape
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (scaled,) = ctx.saved_tensors
+        return None, (grad * scaled).sum_to_size(ctx.shape)
+
+
+def _scale_by_exp(unit: Tensor, log_std: Tensor) -> Tensor:
+    if composed(log_std):
+        return unit * log_std.exp()
+    scaled: Tensor = _ScaleByExp.apply(unit, log_std)  # type: ignore[no-untyped-call]
+    return scaled
+

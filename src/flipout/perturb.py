@@ -1,0 +1,368 @@
+"""Making the weights of a module random: the wrapper ``Perturbed`` and the context manager ``perturbed``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import flipout.rules  # noqa: F401  (fills the registry)
+from flipout.draw import Draw
+from flipout.errors import ArgumentError, BatchError, DrawError
+from flipout.estimators import Estimator, Flipout
+from flipout.noise import Noise
+from flipout.select import Site, check_generator, select, unbatched_rank
+
+__all__ = ["Perturbed", "perturbed"]
+
+
+class Perturbed(nn.Module):
+    """Wraps a module so that every example of a batch sees its own random weights.
+
+    In training mode each forward pass draws anew; in evaluation mode the module runs with its mean weights, exactly as if it
+    were not wrapped. The module itself is untouched: its parameters are the means, its ``state_dict`` is its own.
+
+    Args:
+        module: any module. Its parameters are the mean weights W̄.
+        noise: the law of the perturbations, or a dict from parameter name patterns to laws (the first match wins; parameters
+            that match none are not perturbed).
+        estimator: how examples share a draw.
+        include: name pattern(s) of the parameters to perturb, as in :mod:`fnmatch`.
+        exclude: name pattern(s) of parameters to leave alone.
+        batch_dim: the dimension of the first tensor argument that counts the examples.
+        generator: source of all draws; None for torch's global generator of the parameters' device.
+        fallback: None to raise MissingRuleError where a torch operation has no rule; ``"loop"`` to run such an operation once
+            per member over materialised weights.
+
+    Raises:
+        ArgumentError: for a pattern that matches nothing, a parameter that takes no noise, a generator of another device.
+        UnsupportedNoiseError: for noise that the estimator cannot serve without bias.
+
+    Example:
+        >>> import torch, flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(4, 3), flipout.Gaussian(0.1))
+        >>> x = torch.ones(2, 4)
+        >>> torch.equal(*net(x))  # two equal examples, two different weights
+        False
+        >>> torch.equal(net.eval()(x), net.module(x))
+        True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        noise: Noise | Mapping[str, Noise],
+        estimator: Estimator = Flipout(),  # noqa: B008  (frozen)
+        include: str | Iterable[str] = "*",
+        exclude: str | Iterable[str] = (),
+        batch_dim: int = 0,
+        generator: torch.Generator | None = None,
+        fallback: str | None = None,
+    ) -> None:
+        super().__init__()
+        sites = select(module, noise, include, exclude)
+        _check_estimator(estimator, sites)
+        check_generator(generator, sites)
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ArgumentError(f"batch_dim={batch_dim!r}: expected the index of a dimension, 0 or more")
+        if fallback not in (None, "loop"):
+            raise ArgumentError(f'fallback={fallback!r}: expected None or "loop"')
+        self.module = module
+        self.estimator = estimator
+        self.batch_dim = batch_dim
+        self.generator = generator
+        self.fallback = fallback
+        self.log_std = nn.ParameterDict(
+            {_key(site.name): nn.Parameter(site.noise.initial_log_std(site.mean)) for site in sites if site.noise.learnable}
+        )
+        self._sites = sites
+        self._held: Draw | None = None
+        self._sampling = False
+
+    @property
+    def noises(self) -> dict[str, Noise]:
+        """The noise of each perturbed parameter, by name."""
+        return {site.name: site.noise for site in self._sites}
+
+    def noise_parameters(self) -> Iterator[nn.Parameter]:
+        """The learnable noise scales: one ``log_std`` tensor of the weight's shape for each learnable parameter."""
+        yield from self.log_std.parameters()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module. All arguments are its own."""
+        draw = self._held
+        if draw is None:
+            if not (self.training or self._sampling):
+                return self.module(*args, **kwargs)
+            rows = _count_rows(self.module, self.batch_dim, args, kwargs)
+            draw = self._draw(rows, self.generator)
+        else:
+            rows = _count_rows(self.module, self.batch_dim, args, kwargs)
+            _require_blocks(rows, draw, self.batch_dim)
+        slots, weights = _slots(self._sites), draw.carriers(rows, self.batch_dim)
+        means = _swap(slots, [weight for site, weight in zip(self._sites, weights, strict=True) for _ in site.slots])
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            _swap(slots, means)
+
+    def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
+        log_std = {site.name: self.log_std[_key(site.name)] for site in self._sites if site.noise.learnable}
+        return Draw(self.module, self._sites, log_std, self.estimator, members, generator, self.fallback)
+
+    @contextmanager
+    def sampling(self) -> Iterator[Perturbed]:
+        """Samples weights in evaluation mode as well.
+
+        Example:
+            >>> import torch, flipout
+            >>> net = flipout.Perturbed(torch.nn.Linear(4, 3), flipout.Gaussian(0.1)).eval()
+            >>> with net.sampling():
+            ...     y = net(torch.ones(2, 4))
+            >>> torch.equal(*y)
+            False
+        """
+        before, self._sampling = self._sampling, True
+        try:
+            yield self
+        finally:
+            self._sampling = before
+
+    @contextmanager
+    def using(self, estimator: Estimator) -> Iterator[Perturbed]:
+        """Uses another estimator for the same weights and noise.
+
+        Raises:
+            UnsupportedNoiseError: if it cannot serve the noise.
+            DrawError: while a draw is held, since a draw belongs to its estimator.
+        """
+        _check_estimator(estimator, self._sites)
+        if self._held is not None:
+            raise DrawError(f"a draw of {self._held.estimator} is held; switch the estimator outside hold()")
+        before, self.estimator = self.estimator, estimator
+        try:
+            yield self
+        finally:
+            self.estimator = before
+
+    @contextmanager
+    def hold(self, members: int, generator: torch.Generator | None = None) -> Iterator[Draw]:
+        """Holds one draw: every call inside sees the same N weights, in training and in evaluation mode.
+
+        Inputs have ``members`` rows, or ``k * members`` in member-major blocks: rows 0 to k-1 are member 0.
+
+        Args:
+            members: N, at least 1.
+            generator: source of this draw and of its resampling; None for the wrapper's own.
+
+        Yields:
+            The :class:`flipout.Draw`.
+
+        Raises:
+            ArgumentError: if ``members`` is not a positive integer or the generator is of another device.
+            DrawError: if a draw is already held.
+            BatchError: from calls whose rows do not divide into the members.
+        """
+        members = _member_count(members)
+        check_generator(generator, self._sites)
+        if self._held is not None:
+            raise DrawError("a draw is already held; leave the outer hold() first, or resample() its members")
+        draw = self._draw(members, self.generator if generator is None else generator)
+        self._held = draw
+        try:
+            yield draw
+        finally:
+            self._held = None
+
+    def extra_repr(self) -> str:
+        laws = sorted({str(site.noise) for site in self._sites})
+        return f"{', '.join(laws)}, {self.estimator}, {len(self._sites)} parameters"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_held"] = None
+        if self.generator is not None:  # generators neither pickle nor deepcopy on every supported torch
+            state["generator"] = (self.generator.device, self.generator.get_state())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["generator"] is not None:
+            device, words = state["generator"]
+            state = {**state, "generator": torch.Generator(device=device)}
+            state["generator"].set_state(words)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def perturbed(
+    module: nn.Module,
+    noise: Noise | Mapping[str, Noise],
+    estimator: Estimator = Flipout(),  # noqa: B008  (frozen)
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    batch_dim: int = 0,
+    generator: torch.Generator | None = None,
+    fallback: str | None = None,
+    members: int | None = None,
+) -> Iterator[Draw]:
+    """Perturbs a module in place for a while: for loops that own the model and cannot be handed a wrapper.
+
+    One draw is made and held, whatever the module's mode, for every call of the module or of any part of it inside the context.
+    Between calls its parameters are its own, so optimisers, clipping and checkpoints see nothing unusual.
+
+    Args:
+        module, noise, estimator, include, exclude, batch_dim, generator, fallback: as in :class:`Perturbed`.
+        members: N. None takes the number of rows of the first call.
+
+    Yields:
+        The :class:`flipout.Draw`; with ``members=None`` its members are known after the first call.
+
+    Raises:
+        ArgumentError: for learnable noise, whose scales need a :class:`Perturbed` to live in; else as in ``Perturbed``.
+
+    Example:
+        >>> import torch, flipout
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> with flipout.perturbed(layer, flipout.Gaussian(0.1)) as draw:
+        ...     y = layer(torch.ones(2, 4))
+        >>> torch.equal(*y), draw.members
+        (False, 2)
+    """
+    net = Perturbed(module, noise, estimator, include, exclude, batch_dim, generator, fallback)
+    if any(site.noise.learnable for site in net._sites):
+        raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
+    draw = _LateDraw(net, None if members is None else _member_count(members))
+    calls = _Calls(net, draw)
+    handles = [
+        handle
+        for part in module.modules()
+        for handle in (
+            part.register_forward_pre_hook(calls.enter, with_kwargs=True, prepend=True),
+            part.register_forward_hook(calls.leave, always_call=True),
+        )
+    ]
+    try:
+        yield draw
+    finally:
+        for handle in handles:
+            handle.remove()
+        calls.restore()
+
+
+class _LateDraw(Draw):
+    """A draw whose number of members may be found at the first call."""
+
+    def __init__(self, net: Perturbed, members: int | None) -> None:
+        self._net = net
+        self.estimator = net.estimator
+        self.members = None
+        if members is not None:
+            self.start(members)
+
+    @property
+    def started(self) -> bool:
+        return hasattr(self, "_samples")
+
+    def start(self, members: int) -> None:
+        net = self._net
+        super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
+
+    def _require_members(self) -> None:
+        if not self.started:
+            raise DrawError("the draw has no members yet: call the module first, or pass perturbed(..., members=N)")
+        super()._require_members()
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.started else f"Draw(members=None, estimator={self.estimator}, not drawn yet)"
+
+
+class _Calls:
+    """Puts the perturbed weights in place for the outermost call among a module's parts, and back after it."""
+
+    def __init__(self, net: Perturbed, draw: _LateDraw) -> None:
+        self.net, self.draw = net, draw
+        self.depth = 0
+        self.means: list[Any] | None = None
+
+    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
+        try:
+            net, draw = self.net, self.draw
+            rows = _count_rows(part, net.batch_dim, args, kwargs)
+            if not draw.started:
+                draw.start(rows)
+            _require_blocks(rows, draw, net.batch_dim)
+            weights = draw.carriers(rows, net.batch_dim)
+            repeated = [weight for site, weight in zip(net._sites, weights, strict=True) for _ in site.slots]
+            self.means = _swap(_slots(net._sites), repeated)
+        except BaseException:
+            self.depth = 0
+            raise
+
+    def leave(self, part: nn.Module, args: Any, output: Any) -> None:
+        self.depth = max(self.depth - 1, 0)
+        if self.depth == 0:
+            self.restore()
+
+    def restore(self) -> None:
+        if self.means is not None:
+            _swap(_slots(self.net._sites), self.means)
+            self.means = None
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _slots(sites: Sequence[Site]) -> list[tuple[nn.Module, str]]:
+    return [slot for site in sites for slot in site.slots]
+
+
+def _swap(slots: Sequence[tuple[nn.Module, str]], values: Sequence[Any]) -> list[Any]:
+    """Puts values into parameter slots and returns what they held."""
+    before = [owner._parameters[attribute] for owner, attribute in slots]
+    for (owner, attribute), value in zip(slots, values, strict=True):
+        owner._parameters[attribute] = value
+    return before
+
+
+def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
+    if not isinstance(estimator, Estimator):
+        raise ArgumentError(f"estimator={estimator!r}: expected an estimator such as flipout.Flipout() or flipout.Shared()")
+    for site in sites:
+        estimator.check(site.noise, site.name)
+
+
+def _member_count(members: Any) -> int:
+    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
+        raise ArgumentError(f"members={members!r}: expected a positive number of members")
+    return members
+
+
+def _count_rows(module: nn.Module, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The rows of the first tensor argument on the batch dimension; one for an unbatched input."""
+    first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        raise BatchError(f"{type(module).__name__} was called without a tensor, so its examples cannot be counted")
+    if first.dim() == unbatched_rank(module):
+        return 1
+    if first.dim() <= dim:
+        raise BatchError(
+            f"the first tensor argument of {type(module).__name__} has shape {tuple(first.shape)}, which has no dimension "
+            f"batch_dim={dim}; give it a batch dimension or name the right one"
+        )
+    return first.shape[dim]
+
+
+def _require_blocks(rows: int, draw: Draw, dim: int) -> None:
+    if draw.members is not None and (rows % draw.members or not rows):
+        raise BatchError(
+            f"the input has {rows} rows on batch_dim={dim}, which do not divide into the {draw.members} members of the held draw; "
+            f"give it {draw.members} rows, or k·{draw.members} in member-major blocks"
+        )

@@ -1,0 +1,151 @@
+"""Lookups: ``embedding``, ``embedding_bag`` and indexing a weight by a tensor of the batch.
+
+    y_n = W̄[i_n] + ΔW[i_n] ∘ c_n
+
+A row of the table is read, so signs along the columns suffice: c_n ∈ {±1}^dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flipout.errors import BatchError, UnsupportedNoiseError
+from flipout.estimators import Estimator, LocalReparameterization
+from flipout.registry import rule
+from flipout.rules.structure import index_basic
+from flipout.weight import Layout, PerturbedWeight, Term, missing_rule
+
+__all__ = ["lookup"]
+
+
+def _refuse_local(weight: PerturbedWeight, indices: Tensor) -> None:
+    if isinstance(weight.origin.estimator, LocalReparameterization):
+        raise UnsupportedNoiseError(
+            f"LocalReparameterization met the table {weight.origin.name!r} at indices of shape {tuple(indices.shape)}: repeated "
+            "indices share a row, and independent noise would be biased; use Flipout(), or exclude the table"
+        )
+
+
+def lookup(indices: Tensor, weight: PerturbedWeight, read: Any) -> Tensor:
+    """``weight[indices]`` per member, with ``read(indices, table)`` the plain lookup; result ``[*indices.shape, dim]``."""
+    _refuse_local(weight, indices)
+    if weight.batch.members is None:
+        flat = indices.reshape(-1)
+        return lookup(flat, weight.for_tokens(flat.numel()), read).view(*indices.shape, *weight.mean_weight.shape[1:])
+    indices, axis = weight.batch.locate(indices, 0, "embedding")
+    rows = indices.shape[axis]
+    y: Tensor = read(indices, weight.mean_weight)
+    for term in weight.terms:
+        y = y + _term(indices, axis, rows, term, weight, read)
+    return y
+
+
+def _term(indices: Tensor, axis: int, rows: int, term: Term, weight: PerturbedWeight, read: Any) -> Tensor:
+    members = weight.batch.members or 1
+    owner = torch.arange(members, device=indices.device).repeat_interleave(rows // members)
+    owner = owner.view(*[1] * axis, rows, *[1] * (indices.dim() - axis - 1))  # which member a row belongs to
+    if term.per_member:
+        table = term.base.expand(members, *weight.mean_weight.shape)
+        value: Tensor = table[owner, indices]
+    else:
+        base = term.base
+        value = read(indices, base) if base.dim() else base.expand(*indices.shape, *weight.mean_weight.shape[1:])
+    for factor in term.factors:
+        by_member = factor.broadcast(weight.mean_weight.dim(), term.base.dtype)
+        at_row = by_member[owner, indices] if by_member.shape[1] != 1 else by_member[owner, 0]
+        value = value * at_row
+    return value
+
+
+@rule(F.embedding, Estimator)
+def embedding(
+    input: Tensor,
+    weight: PerturbedWeight,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise missing_rule(F.embedding, weight, (input, weight), "max_norm rewrites the table in place")
+    return lookup(input, weight, lambda i, table: F.embedding(i, table, padding_idx, None, norm_type, scale_grad_by_freq, sparse))
+
+
+@rule(torch.Tensor.__getitem__, Estimator)
+def getitem(weight: Any, index: Any) -> Any:
+    """Basic indexing of a weight stays a carrier; one tensor of indices is a lookup; a carrier indexes nothing."""
+    if not isinstance(weight, PerturbedWeight):
+        raise missing_rule(torch.Tensor.__getitem__, index, (weight, index), "it stands where an index should")
+    items = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(item, (Tensor, list)) for item in items):
+        return index_basic(weight, items)
+    if len(items) > 1 or not isinstance(items[0], Tensor) or items[0].dtype == torch.bool:
+        raise missing_rule(torch.Tensor.__getitem__, weight, (weight,), "only one tensor of integer indices is a lookup")
+    if items[0].dim() <= weight.batch.dim:
+        raise BatchError(
+            f"{weight.origin.name!r} is indexed by a tensor of shape {tuple(items[0].shape)}, which has no batch dimension: which "
+            f"example's weights to read cannot be told; pass exclude={weight.origin.name!r}"
+        )
+    return lookup(items[0], weight, lambda i, table: table[i])
+
+
+@rule(F.embedding_bag, Estimator)
+def embedding_bag(
+    input: Tensor,
+    weight: Any,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Sum, mean or maximum over each bag; a bag is a row of a 2-D ``input``, or a run between ``offsets``."""
+    if max_norm is not None or not isinstance(weight, PerturbedWeight):
+        carrier = weight if isinstance(weight, PerturbedWeight) else per_sample_weights
+        raise missing_rule(F.embedding_bag, carrier, (input, weight), "max_norm and perturbed per_sample_weights have no rule")
+    _refuse_local(weight, input)
+    layout = weight.batch
+    if input.dim() == 2:
+        bags, length = input.shape
+        offsets = torch.arange(0, bags * length, length, device=input.device) if length else input.new_zeros(bags)
+        flat, samples = input.reshape(-1), None if per_sample_weights is None else per_sample_weights.reshape(-1)
+    else:
+        assert offsets is not None
+        offsets = offsets[:-1] if include_last_offset else offsets
+        flat, samples, bags = input, per_sample_weights, offsets.shape[0]
+    members = layout.members
+    if not members or bags % members or (layout.rows is not None and bags != layout.rows):
+        raise BatchError(
+            f"embedding_bag met {weight.origin.name!r} with {bags} bags for {members} members and {layout.rows} rows of the "
+            "module's own input; give it one bag a row (a 2-D input)"
+        )
+    ends = torch.cat([offsets[1:], offsets.new_tensor([flat.numel()])])
+    bag = torch.repeat_interleave(torch.arange(bags, device=flat.device), ends - offsets, output_size=flat.numel())
+    member = bag // (bags // members)
+    # every index becomes a row of its own, read under its bag's member
+    by_index = PerturbedWeight(
+        weight.mean_weight, tuple(term.members(member) for term in weight.terms), Layout(flat.numel(), flat.numel(), 0), weight.origin
+    )
+    y = lookup(flat, by_index, lambda i, table: F.embedding(i, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq))
+    kept = torch.ones_like(flat, dtype=y.dtype) if padding_idx is None else (flat != padding_idx % weight.mean_weight.shape[0]).to(y.dtype)
+    shape = (bags, y.shape[-1])
+    if mode == "max":
+        lowest = y.masked_fill((kept == 0).unsqueeze(-1), -torch.inf)
+        result = torch.full(shape, -torch.inf, dtype=y.dtype, device=y.device)
+        result = result.index_reduce(0, bag, lowest, "amax", include_self=True)
+        return torch.where(result.isinf(), 0.0, result)
+    scales = kept if samples is None else kept * samples
+    total = torch.zeros(shape, dtype=y.dtype, device=y.device).index_add(0, bag, y * scales.unsqueeze(-1))
+    if mode == "sum":
+        return total
+    count = torch.zeros(bags, dtype=y.dtype, device=y.device).index_add(0, bag, kept)
+    return total / count.clamp(min=1).unsqueeze(-1)

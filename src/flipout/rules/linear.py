@@ -1,0 +1,308 @@
+"""Linear maps of the last axis: ``linear``, ``matmul`` and its kin, ``bilinear``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flipout.errors import BatchError, UnsupportedNoiseError
+from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
+from flipout.modes import autocast
+from flipout.registry import rule
+from flipout.rules.pointwise import add
+from flipout.rules.products import factored_product, signed_linear
+from flipout.rules.structure import permute, reshape
+from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
+
+__all__ = ["linear"]
+
+
+def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tensor]:
+    """``x`` as ``[A, N, T, in]`` with members on axis 1, and ``x`` itself, expanded to the batch if all examples share it."""
+    x, axis = weight.batch.locate(x, 1, what)
+    members = weight.batch.members or 0
+    lead = math.prod(x.shape[:axis])
+    each = math.prod(x.shape[axis:-1]) // members if members else 1
+    return x.reshape(lead, members, each, x.shape[-1]), x
+
+
+def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
+    """The term's factors along the input and along the output axis of a matrix; None if one spans both."""
+    if term.per_member or any(len(f.axes) > 1 for f in term.factors):
+        return None
+    sides: list[Tensor | None] = [None, None]
+    for f in term.factors:
+        value, axis = f.flat(dtype), f.axes[0] if f.axes else 0
+        held = sides[axis]
+        sides[axis] = value if held is None else held * value
+    return sides[1], sides[0]
+
+
+def _sign_bits(term: Term) -> tuple[Factor, Factor] | None:
+    """The packed (s, r) of a term that still is flipout's own."""
+    if term.per_member or len(term.factors) != 2 or not all(f.packed for f in term.factors):
+        return None
+    first, second = term.factors
+    if first.axes == (1,) and second.axes == (0,):
+        return first, second
+    return (second, first) if first.axes == (0,) and second.axes == (1,) else None
+
+
+def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
+    """Where signs are drawn per token: ``x`` as ``[tokens, in]`` and the weights with a row of signs for each."""
+    flat = x.reshape(-1, x.shape[-1])
+    drawn = [w.for_tokens(flat.shape[0]) if isinstance(w, PerturbedWeight) else w for w in weights]
+    return flat, drawn
+
+
+@rule(F.linear, Flipout, LowRank)
+def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
+    if isinstance(input, PerturbedWeight):
+        raise missing_rule(F.linear, input, (input, weight), "it stands where the data should")
+    some = weight if isinstance(weight, PerturbedWeight) else bias
+    if some.batch.members is None:
+        flat, drawn = _token_rows(input, weight, bias)
+        return linear(flat, *drawn).view(*input.shape[:-1], -1)
+    if not isinstance(weight, PerturbedWeight):
+        plain: Tensor = add(F.linear(input, weight), bias)
+        return plain
+    x, input = _blocks(input, weight, "linear")
+    shape = (*input.shape[:-1], weight.mean_weight.shape[0])
+    if len(weight.terms) == 1 and (signs := _sign_bits(weight.terms[0])) is not None:
+        base = weight.terms[0].base
+        parts = _bias_parts(bias, weight)
+        if parts is not None:
+            b, c, bits = parts
+            x, mean, base, b, c = autocast(x, weight.mean_weight, base, b, c)  # type: ignore[assignment]
+            return signed_linear(x, mean, base, signs[0].values, signs[1].values, b, c, bits).view(shape)  # type: ignore[arg-type]
+    x, mean = autocast(x, weight.mean_weight)  # type: ignore[assignment]
+    y = torch.matmul(x, mean.t())
+    for term in weight.terms:
+        (base,) = autocast(term.base)  # type: ignore[assignment]
+        sides = _split(term, x.dtype)
+        if sides is None:
+            y = y + torch.matmul(x, _matrices(term, weight, x.dtype).mT)
+        else:
+            full = base if base.dim() or sides[0] is not None and sides[1] is not None else base.expand(weight.mean_weight.shape)
+            y = y + factored_product(x, full, *sides)
+    return _add_bias(y.view(shape), bias)
+
+
+def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor:
+    dense = term.dense(weight.mean_weight.dim()).to(dtype)
+    return dense.expand(dense.shape[0], *weight.mean_weight.shape)
+
+
+def _bias_parts(bias: Any, weight: PerturbedWeight) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """Mean, base and bits of a bias that the fused product can add; None if it cannot."""
+    if not isinstance(bias, PerturbedWeight):
+        return bias, None, None
+    if len(bias.terms) != 1 or bias.terms[0].per_member or bias.batch != weight.batch:
+        return None
+    factors = bias.terms[0].factors
+    if len(factors) != 1 or not factors[0].packed or factors[0].axes != (0,):
+        return None
+    return bias.mean_weight, bias.terms[0].base, factors[0].values
+
+
+def _add_bias(y: Tensor, bias: Any) -> Tensor:
+    if bias is None:
+        return y
+    if isinstance(bias, PerturbedWeight):
+        return add(y, bias).to(y.dtype)  # type: ignore[no-any-return]
+    return y + bias.to(y.dtype)
+
+
+@rule(F.linear, Independent)
+def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """y_n = W_n x_n with every member's matrix in memory."""
+    if not isinstance(weight, PerturbedWeight):
+        plain: Tensor = add(F.linear(input, weight), bias)
+        return plain
+    x, input = _blocks(input, weight, "linear")
+    x, matrices = autocast(x, weight.dense())  # type: ignore[assignment]
+    y = torch.matmul(x, matrices.mT)
+    return _add_bias(y.view(*input.shape[:-1], matrices.shape[1]), bias)
+
+
+@rule(F.linear, LocalReparameterization)
+def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
+    if not isinstance(weight, PerturbedWeight):
+        plain: Tensor = add(F.linear(input, weight), bias)
+        return plain
+    origin, layout = weight.origin, weight.batch
+    if input.dim() != 2 or input.shape[0] != layout.members:
+        raise UnsupportedNoiseError(
+            f"LocalReparameterization met {origin.name!r} in a linear map of an input of shape {tuple(input.shape)} for "
+            f"{layout.members} members: rows that share a member's weights would get independent noise, which is biased. It "
+            "serves 2-D inputs with one row a member; use Flipout() for sequences"
+        )
+    if origin.uses:
+        raise UnsupportedNoiseError(
+            f"LocalReparameterization met {origin.name!r} twice in one forward pass: the uses share one weight and their "
+            "pre-activations are not independent; use Flipout() for tied or repeated layers"
+        )
+    origin.uses.append("linear")
+    x, mean, scale = autocast(input, weight.mean_weight, weight.terms[0].base)  # type: ignore[assignment]
+    variance = F.linear(x.square(), scale.expand(mean.shape).square())
+    noise = torch.empty_like(variance).normal_(generator=origin.generator)
+    # the square root has no slope at zero: a row of zeros has no noise and no gradient
+    return _add_bias(F.linear(x, mean) + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * noise, bias)
+
+
+# --- matmul and its kin: a carrier on the right is a transposed linear map, on the left it acts on columns -----------
+
+
+def _linear(x: Tensor, weight: PerturbedWeight) -> Tensor:
+    y: Tensor = F.linear(x, weight)
+    return y
+
+
+def _right(x: Tensor, weight: PerturbedWeight) -> Tensor:
+    """x @ W for a matrix W [in, out]."""
+    return _linear(x, permute(weight, (1, 0)))
+
+
+def _left(weight: PerturbedWeight, x: Tensor) -> Tensor:
+    """W @ x for a matrix W [out, in]: the last two axes of x are (in, columns).
+
+    The columns of a matrix are the rows of the batch (``W @ x.T``); with more axes, the batch stands in front.
+    """
+    if x.dim() < 2:
+        raise BatchError(f"W @ x met {weight.origin.name!r} with x of shape {tuple(x.shape)}, which has no batch dimension")
+    if x.dim() == 2:
+        return _linear(x.t(), weight).t()
+    return _linear(x.mT, weight).mT
+
+
+def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
+    """x @ W for a stack W [..., in, out] that each example sees whole: x is [N, ..., rows, in]."""
+    ndim = weight.mean_weight.dim()
+    x, axis = weight.batch.locate(x, min(ndim, x.dim() - 1), "matmul with a stack of matrices")
+    if x.dim() - axis - 1 < ndim or weight.batch.members is None:
+        raise BatchError(
+            f"a product of an input of shape {tuple(x.shape)} with the stack of matrices {weight.origin.name!r} "
+            f"{tuple(weight.mean_weight.shape)} cannot tell the examples apart: the batch dimension must stand before the stack's own "
+            'axes. Where rows are routed among examples (a mixture of experts), exclude the parameter'
+        )
+    weights = weight.dense()
+    rows = x.shape[axis]
+    if weights.shape[0] != rows:
+        weights = weights.repeat_interleave(rows // weights.shape[0], 0)
+    middle = [1] * (x.dim() - axis - 1 - ndim)
+    x, weights = autocast(x, weights)  # type: ignore[assignment]
+    return torch.matmul(x, weights.view(rows, *middle, *weights.shape[1:]))
+
+
+@rule((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), Estimator)
+def matmul(a: Any, b: Any) -> Tensor:
+    if isinstance(a, PerturbedWeight) and isinstance(b, PerturbedWeight):
+        raise missing_rule(torch.matmul, a, (a, b), "a product of two perturbed weights is not linear in their noise")
+    if isinstance(b, PerturbedWeight):
+        if b.mean_weight.dim() == 1:
+            return _right(a, reshape(b, (-1, 1))).squeeze(-1)
+        return _right(a, b) if b.mean_weight.dim() == 2 else _stacked(a, b)
+    if a.mean_weight.dim() == 1:
+        return _left(reshape(a, (1, -1)), b).squeeze(0 if b.dim() == 2 else -2)
+    return _left(a, b) if a.mean_weight.dim() == 2 else _stacked(b.mT, permute(a, _last_swapped(a.mean_weight.dim()))).mT
+
+
+def _last_swapped(ndim: int) -> list[int]:
+    return [*range(ndim - 2), ndim - 1, ndim - 2]
+
+
+@rule(torch.Tensor.__rmatmul__, Estimator)
+def rmatmul(a: Any, b: Any) -> Tensor:
+    return matmul(b, a)
+
+
+@rule((torch.mm, torch.Tensor.mm), Estimator)
+def mm(a: Any, b: Any) -> Tensor:
+    for operand in (a, b):
+        if operand.dim() != 2:
+            raise RuntimeError(f"mm expects matrices, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    return matmul(a, b)
+
+
+@rule((torch.bmm, torch.Tensor.bmm), Estimator)
+def bmm(a: Any, b: Any) -> Tensor:
+    carrier = a if isinstance(a, PerturbedWeight) else b
+    if carrier.mean_weight.shape[0] == 1 and carrier.batch.members is not None:
+        other = b if carrier is a else a  # one matrix for each batch of size one: an ordinary product
+        matrix = reshape(carrier, carrier.mean_weight.shape[1:])
+        if other.shape[0] == 1 == carrier.batch.rows:
+            return matmul(matrix, other) if carrier is a else matmul(other, matrix)
+    raise BatchError(
+        f"bmm met the stack of matrices {carrier.origin.name!r} {tuple(carrier.mean_weight.shape)}: its leading axis indexes the stack, so "
+        "the rows of the batch cannot be told apart (a mixture of experts routes rows this way). Use matmul on [batch, stack, rows, "
+        "in], or exclude the parameter"
+    )
+
+
+@rule((torch.addmm, torch.Tensor.addmm), Estimator)
+def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta·input + alpha·(mat1 @ mat2); any of the three may be perturbed."""
+    product = mm(mat1, mat2) if isinstance(mat1, PerturbedWeight) or isinstance(mat2, PerturbedWeight) else torch.mm(mat1, mat2)
+    if alpha != 1:
+        product = product * alpha
+    scaled = input * beta if beta != 1 else input
+    if isinstance(scaled, PerturbedWeight) and isinstance(mat1, PerturbedWeight):
+        return add(product.t(), scaled).t()  # type: ignore[no-any-return]
+    return _add_bias(product, scaled)
+
+
+# --- bilinear ---------------------------------------------------------------------------------------------------------
+
+
+@rule(F.bilinear, Estimator)
+def bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """y_n = x1_nᵀ W_n x2_n: a linear map of the outer product of the inputs, with the weight [out, in1, in2] read as a matrix."""
+    outer = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+    if isinstance(weight, PerturbedWeight) and not weight.terms[0].per_member and not isinstance(
+        weight.origin.estimator, LocalReparameterization
+    ):
+        return _bilinear_signed(input1, input2, weight, bias)
+    matrix = reshape(weight, (weight.shape[0], -1)) if isinstance(weight, PerturbedWeight) else weight.flatten(1)
+    y: Tensor = F.linear(outer, matrix, bias)
+    return y
+
+
+def _bilinear_signed(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bias: Any) -> Tensor:
+    """Each factor moves to the operand whose axis it varies along: two bilinear forms for flipout."""
+    token = weight.batch.members is None
+    if token:
+        lead = input1.shape[:-1]
+        return _bilinear_signed(
+            input1.reshape(-1, input1.shape[-1]),
+            input2.reshape(-1, input2.shape[-1]),
+            weight.for_tokens(lead.numel()),
+            bias.for_tokens(lead.numel()) if isinstance(bias, PerturbedWeight) else bias,
+        ).view(*lead, -1)
+    x1, input1 = _blocks(input1, weight, "bilinear")
+    x2, _ = _blocks(input2, weight, "bilinear")
+    y = F.bilinear(x1, x2, weight.mean_weight)
+    for term in weight.terms:
+        sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]
+        if any(len(f.axes) > 1 for f in term.factors):
+            dense = term.dense(3).expand(-1, *weight.mean_weight.shape)
+            y = y + torch.einsum("anti,noij,antj->anto", x1, dense, x2)
+            continue
+        r, s, q = (side.unsqueeze(1) if side is not None else None for side in sides)
+        z = F.bilinear(x1 if s is None else x1 * s, x2 if q is None else x2 * q, term.base.expand(weight.mean_weight.shape))
+        y = y + (z if r is None else z * r)
+    return _add_bias(y.view(*input1.shape[:-1], -1), bias)
+
+
+def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:
+    value: Tensor | None = None
+    for factor in term.factors:
+        if factor.axes == (axis,):
+            flat = factor.flat(dtype)
+            value = flat if value is None else value * flat
+    return value

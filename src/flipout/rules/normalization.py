@@ -1,0 +1,91 @@
+"""Normalisation layers: the plain operation without gain and bias, then each row's own gain and bias.
+
+The statistics never see a weight, so this is exact under every estimator whose vectors can be listed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flipout.estimators import Estimator
+from flipout.registry import rule
+from flipout.rules.pointwise import add, mul, per_row
+from flipout.weight import PerturbedWeight
+
+__all__: list[str] = []
+
+
+def _affine_last(y: Tensor, weight: Any, bias: Any) -> Tensor:
+    """Gain and bias over the last axes of y."""
+    if weight is not None:
+        y = mul(y, weight) if isinstance(weight, PerturbedWeight) else y * weight
+    if bias is not None:
+        y = add(y, bias) if isinstance(bias, PerturbedWeight) else y + bias
+    return y
+
+
+def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
+    """Gain and bias per channel, axis 1 of y [rows, channels, *positions]."""
+
+    def rows_of(parameter: Any) -> Tensor:
+        if isinstance(parameter, PerturbedWeight):
+            parameter.batch.locate(y, y.dim() - 1, "normalisation")
+        values = per_row(parameter, y.shape[0])
+        return values.view(*values.shape, *[1] * (y.dim() - 2))
+
+    if weight is not None:
+        y = y * rows_of(weight)
+    return y if bias is None else y + rows_of(bias)
+
+
+@rule((F.layer_norm, torch.layer_norm), Estimator)
+def layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    return _affine_last(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
+
+
+@rule((F.rms_norm, torch.rms_norm), Estimator)
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    return _affine_last(F.rms_norm(input, normalized_shape, None, eps), weight, None)
+
+
+@rule((F.group_norm, torch.group_norm), Estimator)
+def group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    return _affine_channels(F.group_norm(input, num_groups, None, None, eps), weight, bias)
+
+
+@rule(F.instance_norm, Estimator)
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    return _affine_channels(y, weight, bias)
+
+
+@rule(F.batch_norm, Estimator)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+    return _affine_channels(y, weight, bias)

@@ -1,0 +1,189 @@
+"""Operations that act entry by entry, or row by row: the members' own values, aligned with the rows of the other operand.
+
+They serve every estimator whose weights can be listed: biases, gains, positions, scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flipout.errors import BatchError
+from flipout.estimators import Estimator
+from flipout.registry import rule
+from flipout.weight import Layout, PerturbedWeight, Term, missing_rule, operation_name
+
+__all__ = ["per_row", "spread"]
+
+
+def per_row(weight: PerturbedWeight | Tensor, rows: int) -> Tensor:
+    """The weights that ``rows`` rows in member-major blocks see, ``[rows, *shape]`` (``[1, *shape]`` if all see one)."""
+    if not isinstance(weight, PerturbedWeight):
+        return weight.unsqueeze(0)
+    values = weight.dense()
+    members = values.shape[0]
+    return values if members == rows else values.repeat_interleave(rows // members, 0)
+
+
+def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Aligns a weight whose last axes are those of ``x`` with the rows of ``x``.
+
+    Returns:
+        ``x`` (expanded to the batch where all examples share it) and the weights, broadcastable to it.
+    """
+    shape = list(weight.mean_weight.shape)
+    layout = weight.batch
+    if layout.members is None:  # per token: one row for all axes that the weight does not have
+        lead = x.shape[: x.dim() - len(shape)]
+        drawn = weight.for_tokens(lead.numel())
+        return x, drawn.dense().view(*lead, *shape)
+    overlap = x.dim() - len(shape)
+    if 0 <= layout.dim - overlap < len(shape):
+        if shape[layout.dim - overlap] != 1:
+            raise BatchError(
+                f"{what} aligns axis {layout.dim - overlap} of {weight.origin.name!r} {tuple(shape)} with the batch dimension of "
+                f"an input of shape {tuple(x.shape)}; name the right batch_dim or exclude the parameter"
+            )
+        del shape[layout.dim - overlap]
+    features = max(min(len(shape), x.dim() - 1 - layout.dim), 0)
+    x, axis = layout.locate(x, features, what)
+    values = per_row(weight, x.shape[axis])
+    values = values.reshape(values.shape[0], *shape)
+    after = x.dim() - axis - 1
+    return x, values.reshape(values.shape[0], *[1] * (after - len(shape)), *shape)
+
+
+def _scalar(value: Any) -> bool:
+    return not isinstance(value, PerturbedWeight) and (not isinstance(value, Tensor) or value.dim() == 0)
+
+
+def _constant(weight: PerturbedWeight, value: Tensor) -> bool:
+    """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
+    own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
+    fits = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
+    return fits and (value.dim() <= dim or (rows is not None and value.shape[dim] != rows))
+
+
+def _multiply(weight: PerturbedWeight, value: Any, operation: Any) -> PerturbedWeight:
+    """``weight * value`` or ``weight / value`` for a value that all members share."""
+    return weight.map(lambda tensor: operation(tensor, value))
+
+
+def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Tensor:
+    """A perturbed operand with rows of data."""
+    weight, x = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
+    if isinstance(x, PerturbedWeight):
+        if a.batch.members is None:
+            raise missing_rule(operation, a, (a, b), "two weights drawn per token have no product")
+        result: Tensor = operation(a.dense(), b.dense(), **kwargs)
+        zero = torch.zeros_like(result[0]) if len(result) else torch.zeros_like(operation(a.mean_weight, b.mean_weight))
+        return a.replace(zero, [Term(result, per_member=True)])
+    x, values = spread(weight, x, operation_name(operation))
+    first, second = (values, x) if weight is a else (x, values)
+    aligned: Tensor = operation(first, second, **kwargs)
+    return aligned
+
+
+_REFLECTED = {
+    torch.Tensor.__rsub__: torch.sub,
+    torch.Tensor.__rtruediv__: torch.div,
+    torch.Tensor.__rdiv__: torch.div,
+    torch.Tensor.__radd__: torch.add,
+    torch.Tensor.__rmul__: torch.mul,
+}
+
+
+@rule((torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.__mul__), Estimator)
+def mul(a: Any, b: Any) -> Any:
+    weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
+    if _scalar(value) or (not isinstance(value, PerturbedWeight) and _constant(weight, value)):
+        return _multiply(weight, value, torch.mul)
+    return _aligned(torch.mul, a, b)
+
+
+@rule((torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.__truediv__, torch.Tensor.__div__), Estimator)
+def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        raise missing_rule(torch.div, a if isinstance(a, PerturbedWeight) else b, (a, b), "rounding is not linear")
+    if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or _constant(a, b)):
+        return _multiply(a, b, torch.div)
+    if _scalar(a):
+        return b.replace(torch.zeros_like(b.mean_weight), [Term(a / b.dense(), per_member=True)])
+    return _aligned(torch.div, a, b)
+
+
+def _sum(a: Any, b: Any, alpha: float, operation: Any) -> Any:
+    sign = 1.0 if operation is torch.add else -1.0
+    if isinstance(a, PerturbedWeight) and isinstance(b, PerturbedWeight) and a.mean_weight.shape == b.mean_weight.shape:
+        other = [term.map(lambda base: base * (sign * alpha)) for term in b.terms]
+        return a.replace(operation(a.mean_weight, b.mean_weight, alpha=alpha), [*a.terms, *other])
+    weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
+    if isinstance(value, PerturbedWeight) or not (_scalar(value) or _constant(weight, value)):
+        return _aligned(operation, a, b, alpha=alpha)
+    if weight is a:
+        mean = weight.mean_weight + value * (sign * alpha)
+        terms = weight.terms
+    else:
+        mean = value + weight.mean_weight * (sign * alpha)
+        terms = tuple(term.map(lambda base: base * (sign * alpha)) for term in weight.terms)
+    return weight.replace(mean, terms)
+
+
+@rule((torch.add, torch.Tensor.add, torch.Tensor.__add__), Estimator)
+def add(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    return _sum(a, b, alpha, torch.add)
+
+
+@rule((torch.sub, torch.Tensor.sub, torch.subtract, torch.Tensor.__sub__), Estimator)
+def sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    return _sum(a, b, alpha, torch.sub)
+
+
+@rule(torch.rsub, Estimator)
+def rsub(a: Any, b: Any, *, alpha: float = 1) -> Any:
+    return _sum(b, a, alpha, torch.sub)
+
+
+for _reflected, _plain in _REFLECTED.items():
+
+    def _swapped(a: Any, b: Any, _rule: Any = {torch.sub: sub, torch.div: div, torch.add: add, torch.mul: mul}[_plain]) -> Any:
+        return _rule(b, a)
+
+    rule(_reflected, Estimator)(_swapped)
+
+
+def _exact(operation: Any) -> None:
+    """Registers a pointwise function of a weight: exact per example, at the cost of listing every member's entries."""
+
+    def apply(weight: PerturbedWeight, *args: Any, **kwargs: Any) -> PerturbedWeight:
+        if weight.batch.members is None:
+            raise missing_rule(operation, weight, (weight,), "it is not linear, so signs per token cannot pass through it")
+        values = operation(weight.dense(), *args, **kwargs)
+        return weight.replace(torch.zeros_like(weight.mean_weight), [Term(values, per_member=True)])
+
+    rule(operation, Estimator)(apply)
+
+
+for _operation in (torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.relu, torch.abs, torch.square, torch.sqrt, torch.rsqrt):
+    _exact(_operation)
+    _exact(getattr(torch.Tensor, _operation.__name__))
+for _operation in (F.softplus, F.relu, F.silu, F.gelu, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.reciprocal, torch.clamp):
+    _exact(_operation)
+
+
+@rule((F.prelu, torch.prelu), Estimator)
+def prelu(x: Tensor, weight: PerturbedWeight) -> Tensor:
+    """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
+    x, axis = weight.batch.locate(x, max(x.dim() - 1, 0), "prelu")
+    slopes = per_row(weight, x.shape[axis])
+    channels = slopes.shape[1]
+    if channels == 1 or x.dim() == 1:
+        slopes = slopes.reshape(-1, *[1] * (x.dim() - 1))
+    else:
+        slopes = slopes.reshape(-1, channels, *[1] * (x.dim() - 2))
+    return torch.where(x > 0, x, slopes * x)
+
+

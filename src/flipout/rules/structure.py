@@ -1,0 +1,344 @@
+"""What models do to a weight before using it: the carrier is closed under these.
+
+Views and transposes, casts, scalar multiples and shifts, slices, concatenation. Each maps the mean, the bases and the axes of the
+factors; sign bits are left packed wherever the axes they vary along survive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flipout.errors import DrawError
+from flipout.estimators import Estimator
+from flipout.registry import rule
+from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
+
+__all__ = ["permute", "reshape", "take"]
+
+
+def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
+    """Permutes the axes of the weight: axis ``order[i]`` becomes axis ``i``."""
+    order = [axis % weight.mean_weight.dim() for axis in order]
+    place = {old: new for new, old in enumerate(order)}
+
+    def of_term(term: Term) -> Term:
+        factors = tuple(replace(f, axes=tuple(place[axis] for axis in f.axes)) for f in term.factors)
+        if term.per_member:
+            base = term.base.permute(0, *(1 + axis for axis in order))
+        else:
+            base = term.base.permute(order) if term.base.dim() else term.base
+        return Term(base, factors, term.per_member)
+
+    return weight.replace(weight.mean_weight.permute(order), [of_term(term) for term in weight.terms])
+
+
+def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
+    """Reads the weight's entries, in order, under another shape."""
+    old = weight.mean_weight.shape
+    mean = weight.mean_weight.reshape(tuple(shape))
+    groups = _matched(old, mean.shape)
+
+    def of_factor(factor: Factor) -> Factor:
+        touched = [group for group in groups if set(group[0]) & set(factor.axes)]
+        whole = [axis for before, _ in touched for axis in before if old[axis] != 1]
+        kept = [axis for axis in factor.axes if old[axis] != 1]
+        after = [axis for _, axes in touched for axis in axes if mean.shape[axis] != 1]
+        axes, sizes = tuple(after), tuple(mean.shape[axis] for axis in after)
+        if whole == kept:  # the factor varies along all that is regrouped: its layout stays
+            return replace(factor, axes=axes, sizes=sizes)
+        if factor.values is None:
+            raise DrawError("a view that mixes axes with signs and axes without cannot be read per token")
+        values = factor.broadcast(len(old), weight.mean_weight.dtype)
+        values = values.expand(-1, *(size if axis in whole else 1 for axis, size in enumerate(old)))
+        return Factor(values.reshape(values.shape[0], math.prod(sizes)), axes, sizes, packed=False)
+
+    def of_term(term: Term) -> Term:
+        base = term.base
+        if term.per_member:
+            base = base.reshape(base.shape[0], *mean.shape)
+        elif base.dim():
+            base = base.expand(old).reshape(mean.shape)
+        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+
+    return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> PerturbedWeight:
+    """Selects along one axis, which stays."""
+    axis %= weight.mean_weight.dim()
+
+    def pick(tensor: Tensor, at: int) -> Tensor:
+        return tensor[(slice(None),) * at + (index,)]
+
+    mean = pick(weight.mean_weight, axis)
+
+    def of_factor(factor: Factor) -> Factor:
+        if axis not in factor.axes:
+            return factor
+        at = factor.axes.index(axis)
+        sizes = (*factor.sizes[:at], mean.shape[axis], *factor.sizes[at + 1 :])
+        if factor.values is None:
+            return replace(factor, sizes=sizes)
+        values = pick(factor.flat(weight.mean_weight.dtype).view(-1, *factor.sizes), 1 + at)
+        return Factor(values.reshape(values.shape[0], math.prod(sizes)), factor.axes, sizes, packed=False)
+
+    def of_term(term: Term) -> Term:
+        base = term.base
+        if base.dim():
+            base = pick(base, axis + term.per_member)
+        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+
+    return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def _matched(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Splits two shapes of one count of entries into the smallest runs of axes with equal products."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [], []
+        left = right = 1
+        while True:
+            if left == right and (before or after) and left != 1:
+                break
+            if left <= right and i < len(old):
+                before.append(i)
+                left *= old[i]
+                i += 1
+            elif j < len(new):
+                after.append(j)
+                right *= new[j]
+                j += 1
+            elif i < len(old):
+                before.append(i)
+                left *= old[i]
+                i += 1
+            else:
+                break
+        groups.append((before, after))
+    return groups
+
+
+# --- transposes -------------------------------------------------------------------------------------------------------
+
+
+@rule((torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__), Estimator)  # type: ignore[attr-defined]
+def transpose_last(weight: PerturbedWeight) -> PerturbedWeight:
+    ndim = weight.mean_weight.dim()
+    if ndim < 2:
+        return weight
+    return permute(weight, [*range(ndim - 2), ndim - 1, ndim - 2])
+
+
+@rule((torch.transpose, torch.Tensor.transpose, torch.swapaxes, torch.Tensor.swapaxes), Estimator)
+def transpose(weight: PerturbedWeight, dim0: int, dim1: int) -> PerturbedWeight:
+    order = list(range(weight.mean_weight.dim()))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(weight, order)
+
+
+@rule((torch.permute, torch.Tensor.permute), Estimator)
+def permute_rule(weight: PerturbedWeight, *dims: Any, **named: Any) -> PerturbedWeight:
+    return permute(weight, _sizes(dims) if dims else named["dims"])
+
+
+@rule((torch.movedim, torch.Tensor.movedim), Estimator)
+def movedim(weight: PerturbedWeight, source: Any, destination: Any) -> PerturbedWeight:
+    # torch's own answer for the order, read off a tensor whose strides name its axes
+    ndim = weight.mean_weight.dim()
+    probe = torch.empty_strided([1] * ndim, list(range(ndim)), device="meta").movedim(source, destination)
+    return permute(weight, list(probe.stride()))
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+@rule((torch.reshape, torch.Tensor.reshape, torch.Tensor.view), Estimator)
+def view(weight: PerturbedWeight, *shape: Any, **named: Any) -> PerturbedWeight:
+    if len(shape) == 1 and isinstance(shape[0], torch.dtype) or "dtype" in named:
+        raise missing_rule(torch.Tensor.view, weight, (weight,), "reading its bits as another dtype has no meaning")
+    return reshape(weight, _sizes(shape) if shape else next(iter(named.values())))
+
+
+def _viewed(*operations: Any) -> None:
+    """Registers operations that only regroup axes: the new shape is the one that torch gives the mean."""
+
+    for operation in operations:
+
+        def regroup(weight: PerturbedWeight, *args: Any, _operation: Any = operation, **kwargs: Any) -> PerturbedWeight:
+            return reshape(weight, _operation(weight.mean_weight, *args, **kwargs).shape)
+
+        rule(operation, Estimator)(regroup)
+
+
+_viewed(torch.flatten, torch.Tensor.flatten, torch.unflatten, torch.Tensor.unflatten, torch.squeeze, torch.Tensor.squeeze)
+_viewed(torch.unsqueeze, torch.Tensor.unsqueeze, torch.Tensor.view_as, torch.Tensor.reshape_as, torch.ravel, torch.Tensor.ravel)
+
+
+@rule((torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to), Estimator)
+def expand(weight: PerturbedWeight, *shape: Any) -> PerturbedWeight | Tensor:
+    sizes = shape[0].shape if isinstance(shape[0], Tensor) else _sizes(shape)
+    mean = weight.mean_weight.expand(sizes)
+    lead, layout = mean.dim() - weight.mean_weight.dim(), weight.batch
+    own = [1] * lead + list(weight.mean_weight.shape)
+    dim, rows = layout.dim, layout.rows
+    if rows is not None and dim < mean.dim() and own[dim] == 1 and 1 != rows == mean.shape[dim]:
+        # [1, 1, d] expanded to the batch: each row is its own member's value
+        values = weight.dense()
+        values = values.reshape(values.shape[0], *own[:dim], *own[dim + 1 :])
+        values = values.repeat_interleave(rows // max(values.shape[0], 1), 0)
+        return values.movedim(0, dim).expand(mean.shape)
+
+    def of_term(term: Term) -> Term:
+        base = term.base
+        if term.per_member:
+            base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
+        elif base.dim():
+            base = base.expand(mean.shape)
+        # an axis of size one has one sign, which the expanded axis shares: drop it from the sizes, not from the values
+        factors = tuple(_lifted(f, lead, weight.mean_weight.shape) for f in term.factors)
+        return Term(base, factors, term.per_member)
+
+    return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def _lifted(factor: Factor, lead: int, shape: Sequence[int]) -> Factor:
+    kept = [(axis + lead, size) for axis, size in zip(factor.axes, factor.sizes, strict=True) if shape[axis] != 1]
+    return replace(factor, axes=tuple(axis for axis, _ in kept), sizes=tuple(size for _, size in kept))
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+@rule((torch.narrow, torch.Tensor.narrow), Estimator)
+def narrow(weight: PerturbedWeight, dim: int, start: int, length: int) -> PerturbedWeight:
+    start = start % weight.mean_weight.shape[dim] if start < 0 else start
+    return take(weight, dim, slice(start, start + length))
+
+
+@rule((torch.select, torch.Tensor.select), Estimator)
+def select(weight: PerturbedWeight, dim: int, index: int) -> PerturbedWeight:
+    return reshape(take(weight, dim, _one(index)), weight.mean_weight.select(dim, index).shape)
+
+
+@rule((torch.index_select, torch.Tensor.index_select), Estimator)
+def index_select(weight: PerturbedWeight, dim: int, index: Tensor) -> PerturbedWeight:
+    return take(weight, dim, index)
+
+
+def _one(index: int) -> slice:
+    return slice(index, index + 1 if index != -1 else None)
+
+
+def _cut(weight: PerturbedWeight, lengths: Sequence[int], dim: int) -> tuple[PerturbedWeight, ...]:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return tuple(take(weight, dim, slice(s, s + n)) for s, n in zip(starts, lengths, strict=True))
+
+
+@rule((torch.chunk, torch.Tensor.chunk), Estimator)
+def chunk(weight: PerturbedWeight, chunks: int, dim: int = 0) -> tuple[PerturbedWeight, ...]:
+    return _cut(weight, [piece.shape[dim] for piece in weight.mean_weight.chunk(chunks, dim)], dim)
+
+
+@rule((torch.split, torch.Tensor.split, torch.functional.split, torch.split_with_sizes, torch.Tensor.split_with_sizes), Estimator)
+def split(weight: PerturbedWeight, split_size_or_sections: Any, dim: int = 0) -> tuple[PerturbedWeight, ...]:
+    pieces = weight.mean_weight.split(split_size_or_sections, dim)  # type: ignore[no-untyped-call]
+    return _cut(weight, [piece.shape[dim] for piece in pieces], dim)
+
+
+@rule((torch.unbind, torch.Tensor.unbind), Estimator)
+def unbind(weight: PerturbedWeight, dim: int = 0) -> tuple[PerturbedWeight, ...]:
+    return tuple(select(weight, dim, i) for i in range(weight.mean_weight.shape[dim]))
+
+
+@rule(torch.Tensor.__iter__, Estimator)
+def iterate(weight: PerturbedWeight) -> Any:
+    return iter(unbind(weight))
+
+
+def index_basic(weight: PerturbedWeight, index: tuple[Any, ...]) -> PerturbedWeight:
+    """Basic indexing: integers, slices, None and Ellipsis."""
+    ndim = weight.mean_weight.dim()
+    named = sum(item is not None and item is not Ellipsis for item in index)
+    filled: list[Any] = []
+    for item in index:
+        filled += [slice(None)] * (ndim - named) if item is Ellipsis else [item]
+    taken, axis = weight, 0
+    for item in filled:
+        if item is None:
+            continue
+        if item != slice(None):
+            taken = take(taken, axis, _one(item) if isinstance(item, int) else item)
+        axis += 1
+    return reshape(taken, weight.mean_weight[tuple(index)].shape)
+
+
+# --- entries ----------------------------------------------------------------------------------------------------------
+
+
+def _mapped(*operations: Any) -> None:
+    """Registers operations that are linear in each entry."""
+
+    for operation in operations:
+
+        def linear_map(weight: PerturbedWeight, *args: Any, _operation: Any = operation, **kwargs: Any) -> PerturbedWeight:
+            if not isinstance(weight, PerturbedWeight):  # plain.to(weight) and the like
+                return _operation(weight, *(a.mean_weight if isinstance(a, PerturbedWeight) else a for a in args), **kwargs)
+            return weight.map(lambda tensor: _operation(tensor, *args, **kwargs))
+
+        rule(operation, Estimator)(linear_map)
+
+
+_mapped(torch.clone, torch.Tensor.clone, torch.Tensor.contiguous, torch.detach, torch.Tensor.detach)
+_mapped(torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16)
+_mapped(torch.Tensor.type_as, torch.Tensor.cpu, torch.Tensor.cuda, torch.neg, torch.Tensor.neg, torch.Tensor.__neg__)
+
+
+@rule((torch.cat, torch.concat, torch.concatenate), Estimator)
+def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
+    """Joins whole carriers, and plain weights among them, along an axis.
+
+    Each piece's terms become terms of the whole, zero outside the piece.
+    """
+    first = next(t for t in tensors if isinstance(t, PerturbedWeight))
+    ndim = first.mean_weight.dim()
+    dim %= ndim
+    means = [t.mean_weight if isinstance(t, PerturbedWeight) else t for t in tensors]
+    mean = torch.cat(means, dim)
+    total, start = mean.shape[dim], 0
+    terms: list[Term] = []
+    for piece, piece_mean in zip(tensors, means, strict=True):
+        size = piece_mean.shape[dim]
+        margins = (start, total - start - size)
+        if isinstance(piece, PerturbedWeight):
+            terms += [_padded(term, piece, dim, margins) for term in piece.terms]
+        start += size
+    return first.replace(mean, terms)
+
+
+def _padded(term: Term, piece: PerturbedWeight, dim: int, margins: tuple[int, int]) -> Term:
+    before, after = margins
+    base = term.base if term.per_member else term.base.expand(piece.mean_weight.shape)
+    padding = [0, 0] * (piece.mean_weight.dim() - 1 - dim) + [before, after]
+    base = torch.nn.functional.pad(base, padding)
+    factors = []
+    for factor in term.factors:
+        if dim not in factor.axes:
+            factors.append(factor)
+            continue
+        at = factor.axes.index(dim)
+        values = factor.flat(piece.mean_weight.dtype).view(-1, *factor.sizes)
+        margin = [0, 0] * (len(factor.sizes) - 1 - at) + [before, after]
+        values = torch.nn.functional.pad(values, margin)
+        factors.append(Factor(values.flatten(1), factor.axes, tuple(values.shape[1:]), packed=False))
+    return Term(base, tuple(factors), term.per_member)

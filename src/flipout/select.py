@@ -1,0 +1,165 @@
+"""Which parameters of a module are perturbed, under which noise, and along which axes signs vary."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from flipout.errors import ArgumentError
+from flipout.noise import Noise
+
+__all__ = ["Site", "select"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A selected parameter.
+
+    Attributes:
+        name: its first name in the module.
+        noise: the law of its perturbation.
+        axes: the axes along which signs vary.
+        slots: every place that holds it, as (owning module, attribute); more than one for a tied parameter.
+    """
+
+    name: str
+    noise: Noise
+    axes: tuple[int, ...]
+    slots: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def mean(self) -> Tensor:
+        """The parameter as it stands now."""
+        owner, attribute = self.slots[0]
+        parameter = owner._parameters[attribute]
+        assert parameter is not None
+        return parameter
+
+
+def select(
+    module: nn.Module, noise: Noise | Mapping[str, Noise], include: str | Iterable[str], exclude: str | Iterable[str]
+) -> list[Site]:
+    """The parameters that match ``include``, not ``exclude``, and a pattern of ``noise``; the first pattern wins.
+
+    A tied parameter has several names and is selected if any of them matches; it is left out if any is excluded.
+
+    Raises:
+        ArgumentError: if a pattern matches no parameter, nothing is left to perturb, or a parameter holds no real numbers.
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    laws = dict(noise) if isinstance(noise, Mapping) else {"*": noise}
+    for pattern, law in laws.items():
+        if not isinstance(law, Noise):
+            raise ArgumentError(f"the noise for {pattern!r} is {law!r}; expected a flipout noise such as flipout.Gaussian(0.1)")
+    places = _places(module)
+    names = [name for found in places.values() for name, _, _ in found]
+    included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
+    for kind, patterns in {"include": included, "exclude": excluded, "noise": list(laws)}.items():
+        for pattern in patterns:
+            _require_match(pattern, names, kind)
+    sites = []
+    for found in places.values():
+        own = [name for name, _, _ in found]
+        if not _any_match(own, included) or _any_match(own, excluded):
+            continue
+        law = next((law for pattern, law in laws.items() if _any_match(own, [pattern])), None)
+        if law is None:
+            continue
+        slots = tuple((owner, attribute) for _, owner, attribute in found)
+        _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
+        sites.append(Site(own[0], law, _sign_axes(slots), slots))
+    if not sites:
+        raise ArgumentError(
+            f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
+            f"the {len(names)} parameters of {type(module).__name__}"
+        )
+    return sites
+
+
+def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Every parameter, by identity, with all its names and owners."""
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, owner in module.named_modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                places.setdefault(id(parameter), []).append((name, owner, attribute))
+    return places
+
+
+def _patterns(patterns: str | Iterable[str], kind: str) -> list[str]:
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ArgumentError(f"{kind}={patterns!r}: expected a name pattern such as 'head.*', or several")
+    return found
+
+
+def _any_match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    patterns = list(patterns)
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _require_match(pattern: str, names: list[str], kind: str) -> None:
+    if pattern == "*" or _any_match(names, [pattern]):
+        return
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    raise ArgumentError(
+        f"{kind} pattern {pattern!r} matches no parameter; the nearest names are {', '.join(map(repr, near)) or 'none'} "
+        "(patterns are those of fnmatch: * and ?)"
+    )
+
+
+def _require_real(name: str, parameter: Tensor | None) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        raise ArgumentError(f"parameter {name!r} is not initialised yet; run the module once on a batch before wrapping it")
+    if parameter is None or not parameter.is_floating_point():
+        dtype = None if parameter is None else parameter.dtype
+        raise ArgumentError(f"parameter {name!r} has dtype {dtype}, which takes no noise; pass exclude={name!r}")
+
+
+def _sign_axes(slots: Iterable[tuple[nn.Module, str]]) -> tuple[int, ...]:
+    """Axes of independent signs: output and input of a matrix or kernel, the columns of a table, the axis of a vector."""
+    axes: set[int] | None = None
+    for owner, attribute in slots:
+        parameter = owner._parameters[attribute]
+        assert parameter is not None
+        shape = parameter.shape
+        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and attribute == "weight":
+            found = {1}
+        elif len(shape) < 2:
+            found = set(range(len(shape)))
+        elif tuple(shape[:2]) == (1, 1) and not isinstance(owner, nn.modules.conv._ConvNd):
+            found = {len(shape) - 1}  # a token or a position [1, 1, d] is a vector
+        else:
+            found = {0, 1}
+        axes = found if axes is None else axes & found
+    return tuple(sorted(axes or ()))
+
+
+def unbatched_rank(module: nn.Module) -> int | None:
+    """The rank of one example without a batch dimension, where the first layer tells; else None."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.kernel_size) + 1
+    return 1 if isinstance(module, (nn.Linear, nn.RNNCellBase)) else 2 if isinstance(module, nn.RNNBase) else None
+
+
+def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) -> None:
+    """Raises ArgumentError for what is no generator, or one of another device than the parameters'."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ArgumentError(f"generator={generator!r}: expected a torch.Generator or None, not a {type(generator).__name__}")
+    for site in sites:
+        if generator.device.type != site.mean.device.type:
+            raise ArgumentError(
+                f"the generator lives on {generator.device}, parameter {site.name!r} on {site.mean.device}; make it with "
+                f"torch.Generator(device={str(site.mean.device)!r})"
+            )

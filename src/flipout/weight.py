@@ -1,0 +1,380 @@
+"""The carrier: a weight that differs per member, as torch operations meet it.
+
+Member n of N sees the weight
+
+    W_n = W̄ + Σ_t B_t ∘ f_t1[n] ∘ f_t2[n] ∘ …
+
+a mean plus *terms*: a base perturbation B, shared by all members, times *factors* that vary per member along some axes of
+the weight. Flipout has one term, ΔW, with sign factors r (output axis) and s (input axis). A low-rank draw has one term a
+rank. An independent draw has one term whose base itself has a leading member axis and no factors. The form is closed under
+everything that models do to a weight before they use it (see ``rules/structure.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError
+from flipout.registry import find_rule
+from flipout.signs import draw_bits, unpack
+
+__all__ = ["Factor", "Layout", "PerturbedWeight", "Term"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """What multiplies a base per member, along some axes of the weight.
+
+    Attributes:
+        values: ``[N, prod(sizes)]`` numbers, or as many signs packed to uint8 bits; None for signs that each operation
+            draws afresh, one row a token.
+        axes: the axes of the weight that it varies along, in the order in which ``values`` is laid out.
+        sizes: the weight's size along each of ``axes``.
+        packed: whether ``values`` holds bits.
+    """
+
+    values: Tensor | None
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    packed: bool = True
+
+    @property
+    def count(self) -> int:
+        """How many values a member has."""
+        return math.prod(self.sizes)
+
+    def flat(self, dtype: torch.dtype) -> Tensor:
+        """The values, ``[N, prod(sizes)]``."""
+        if self.values is None:
+            raise DrawError('signs drawn per token (granularity="token") exist only inside an operation on tokens')
+        return unpack(self.values, self.count, dtype) if self.packed else self.values.to(dtype)
+
+    def broadcast(self, ndim: int, dtype: torch.dtype) -> Tensor:
+        """The values as ``[N, ...]`` that broadcasts against ``[N, *weight.shape]`` for a weight of rank ``ndim``."""
+        values = self.flat(dtype)
+        order = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        values = values.view(-1, *self.sizes).permute(0, *(1 + i for i in order))
+        shape = [values.shape[0]] + [1] * ndim
+        for i in order:
+            shape[1 + self.axes[i]] = self.sizes[i]
+        return values.reshape(shape)
+
+    def members(self, index: Tensor | slice) -> Factor:
+        """The factor of some members only."""
+        return self if self.values is None else replace(self, values=self.values[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One summand of the perturbation.
+
+    Attributes:
+        base: B, broadcastable to the weight's shape; with a leading member axis if ``per_member``.
+        factors: what multiplies it per member.
+        per_member: whether the base differs per member by itself.
+    """
+
+    base: Tensor
+    factors: tuple[Factor, ...] = ()
+    per_member: bool = False
+
+    def dense(self, ndim: int) -> Tensor:
+        """The term for every member, broadcastable to ``[N, *weight.shape]``."""
+        value = self.base if self.per_member else self.base.unsqueeze(0)
+        for factor in self.factors:
+            value = value * factor.broadcast(ndim, self.base.dtype)
+        return value
+
+    def members(self, index: Tensor | slice) -> Term:
+        """The term of some members only."""
+        base = self.base[index] if self.per_member else self.base
+        return Term(base, tuple(factor.members(index) for factor in self.factors), self.per_member)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Term:
+        """The term with a function of each entry applied to its base."""
+        return Term(function(self.base), self.factors, self.per_member)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which rows of a tensor belong to which member.
+
+    Attributes:
+        members: N, the number of different weights; None where each token draws its own (``granularity="token"``).
+        rows: the rows of the module's own input on ``dim``: a multiple of N, in member-major blocks; None if unknown.
+        dim: the batch dimension of the module's own input.
+    """
+
+    members: int | None
+    rows: int | None
+    dim: int
+
+    def locate(self, x: Tensor, features: int, what: str) -> tuple[Tensor, int]:
+        """Finds the axis of ``x`` that holds the rows, given that its last ``features`` axes hold none.
+
+        An operand that all examples share (size 1 there) is expanded to the rows.
+
+        Returns:
+            ``x`` and the axis; the axis has ``k * members`` rows in member-major blocks.
+
+        Raises:
+            BatchError: if no axis can hold the rows.
+        """
+        members, rows, dim = self.members, self.rows, self.dim
+        free = x.dim() - features
+        if members is None:
+            raise BatchError(f'{what} has no weights per token; granularity="token" serves linear, embedding and pointwise operations')
+        if dim < free:
+            size = x.shape[dim]
+            if size == rows or (rows is None and size % members == 0):
+                return x, dim
+            if size == 1 and rows is not None:
+                return x.expand(*x.shape[:dim], rows, *x.shape[dim + 1 :]), dim
+        if free == 1:  # folded (batch·time), or a batch-second model that kept one row per example
+            size, step = x.shape[0], rows or members
+            if size == step or (dim == 0 and step and size % step == 0):
+                return x, 0
+            if size == 1 and rows is not None:
+                return x.expand(rows, *x.shape[1:]), 0
+        raise BatchError(
+            f"{what} got an input of shape {tuple(x.shape)}, whose rows cannot be matched to the draw: the module's own "
+            f"input has {rows if rows is not None else 'k·' + str(members)} rows on batch_dim={dim}, for {members} members. "
+            "An operation's input must have these rows on batch_dim, or be 2-D with a multiple of them (batch·time, "
+            'member-major). Name the right batch_dim, exclude the parameter, or use Flipout(granularity="token") where '
+            "rows are routed among examples"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """Where a carrier comes from, for its rules and its error messages."""
+
+    name: str
+    estimator: Any
+    fallback: str | None = None
+    generator: torch.Generator | None = None
+    uses: list[str] = field(default_factory=list)
+
+
+class PerturbedWeight(torch.Tensor):
+    """An immutable weight that differs per member. See the module's docstring for the form.
+
+    It answers metadata reads (shape, dtype, device, …) as the mean does; every other torch operation is handed to a rule of the
+    registry or raises :class:`flipout.MissingRuleError`. It is a wrapper subclass without storage whose
+    ``__torch_dispatch__`` raises, so that no operation can read it as plain numbers.
+
+    Attributes:
+        mean_weight: W̄.
+        terms: the summands of the perturbation.
+        batch: which rows belong to which member.
+        origin: the parameter's name, estimator and fallback.
+    """
+
+    mean_weight: Tensor
+    terms: tuple[Term, ...]
+    batch: Layout
+    origin: Origin
+
+    @staticmethod
+    def __new__(cls, mean: Tensor, terms: tuple[Term, ...], layout: Layout, origin: Origin) -> PerturbedWeight:
+        carrier: PerturbedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            mean.shape,
+            strides=mean.stride(),
+            dtype=mean.dtype,
+            device=mean.device,
+            requires_grad=mean.requires_grad,
+        )
+        return carrier
+
+    def __init__(self, mean: Tensor, terms: tuple[Term, ...], layout: Layout, origin: Origin) -> None:
+        self.mean_weight = mean
+        self.terms = terms
+        self.batch = layout
+        self.origin = origin
+
+    def replace(self, mean: Tensor, terms: Sequence[Term]) -> PerturbedWeight:
+        """The same members with another mean and other terms."""
+        return PerturbedWeight(mean, tuple(terms), self.batch, self.origin)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PerturbedWeight:
+        """The carrier with a linear function of each entry applied."""
+        return self.replace(function(self.mean_weight), [term.map(function) for term in self.terms])
+
+    def dense(self) -> Tensor:
+        """The weights of all members, ``[N, *shape]``; costs N times the weight's memory."""
+        if self.batch.members is None:
+            raise DrawError(f"{self.origin.name} draws its signs per token, so it has no weights to list")
+        weights = self.mean_weight.unsqueeze(0)
+        for term in self.terms:
+            weights = weights + term.dense(self.mean_weight.dim())
+        return weights.expand(self.batch.members, *self.mean_weight.shape)
+
+    def member(self, n: int) -> Tensor:
+        """The weight of member ``n``, of the mean's shape."""
+        members = self.batch.members
+        if members is None or not 0 <= n < members:
+            raise MemberError(f"member {n} of {self.origin.name}: the draw has members 0 to {(members or 0) - 1}")
+        weight = self.mean_weight
+        for term in self.terms:
+            weight = weight + term.members(slice(n, n + 1)).dense(self.mean_weight.dim())[0]
+        return weight
+
+    def for_tokens(self, rows: int) -> PerturbedWeight:
+        """Where signs are drawn per token: the carrier with signs for ``rows`` tokens. Otherwise itself."""
+        if self.batch.members is not None:
+            return self
+        generator, device = self.origin.generator, self.mean_weight.device
+        terms = []
+        for term in self.terms:
+            bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
+            factors = [replace(factor, values=b) for factor, b in zip(term.factors, bits, strict=True)]
+            terms.append(Term(term.base, tuple(factors)))
+        return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return (
+            f"PerturbedWeight({self.origin.name!r}, shape={tuple(self.mean_weight.shape)}, members={self.batch.members}, "
+            f"estimator={self.origin.estimator})"
+        )
+
+    def _leaves(self) -> Iterator[tuple[str, Tensor]]:
+        yield "mean_weight", self.mean_weight
+        for i, term in enumerate(self.terms):
+            yield f"_base{i}", term.base
+            for j, factor in enumerate(term.factors):
+                if factor.values is not None:
+                    yield f"_factor{i}_{j}", factor.values
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        leaves = dict(self._leaves())
+        self.__dict__.update(leaves)
+        return list(leaves), (self.terms, self.batch, self.origin)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> PerturbedWeight:
+        terms, layout, origin = context
+        rebuilt = tuple(
+            Term(
+                inner[f"_base{i}"],
+                tuple(replace(f, values=inner.get(f"_factor{i}_{j}")) for j, f in enumerate(term.factors)),
+                term.per_member,
+            )
+            for i, term in enumerate(terms)
+        )
+        return cls(inner["mean_weight"], rebuilt, layout, origin)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        carrier = next(carriers_in((args, kwargs)))
+        found = find_rule(func, type(carrier.origin.estimator))
+        if found is None:
+            if carrier.origin.fallback == "loop":
+                return loop(func, args, kwargs)
+            raise missing_rule(func, carrier, args)
+        return found(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise missing_rule(func, next(carriers_in((args, kwargs or {}))), args)
+
+
+def carriers_in(tree: Any) -> Iterator[PerturbedWeight]:
+    """The carriers among the arguments of an operation, in order."""
+    if isinstance(tree, PerturbedWeight):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from carriers_in(item)
+    elif isinstance(tree, dict):
+        yield from carriers_in(tuple(tree.values()))
+
+
+def operation_name(func: Any) -> str:
+    """A torch function's name as its documentation has it, for messages."""
+    name = torch.overrides.resolve_name(func) if callable(func) else None
+    if name is None and getattr(func, "__name__", "") in {"__get__", "__set__"}:
+        name = f"torch.Tensor.{getattr(func.__self__, '__name__', '?')}"
+    return name or getattr(func, "__qualname__", None) or str(func)
+
+
+def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") -> MissingRuleError:
+    """The error for an operation that met a carrier and has no rule."""
+    name = operation_name(func)
+    shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
+    reason = why or f"no rule says how it acts on a weight that differs per example (under {carrier.origin.estimator})"
+    return MissingRuleError(
+        f"{name} met the perturbed parameter {carrier.origin.name!r} (argument shapes {shapes}), and {reason}. Noise is never "
+        f"dropped in silence: pass exclude={carrier.origin.name!r} to leave this parameter unperturbed, write a rule with "
+        f'@flipout.rule({name}, ...), or pass fallback="loop" to run the operation once per member'
+    )
+
+
+def loop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Runs an operation once per member over that member's dense weights and its rows of every other tensor.
+
+    Exact and slow: the meaning that every rule must reproduce.
+    """
+    carrier = next(carriers_in((args, kwargs)))
+    layout = carrier.batch
+    members, dim = layout.members, layout.dim
+    if not members:
+        raise missing_rule(func, carrier, args, "the loop over members needs at least one member")
+    rows = layout.rows
+    seen = []
+
+    def has_rows(value: Tensor) -> bool:
+        if value.dim() <= dim or value.shape[dim] % members:
+            return False
+        return value.shape[dim] == rows if rows is not None else True
+
+    def of_member(value: Any, n: int) -> Any:
+        if isinstance(value, PerturbedWeight):
+            return value.member(n)
+        if isinstance(value, Tensor) and has_rows(value):
+            seen.append(True)
+            step = value.shape[dim] // members
+            return value.narrow(dim, n * step, step)
+        if isinstance(value, (list, tuple)):
+            return type(value)(of_member(item, n) for item in value)
+        return value
+
+    outputs = [
+        func(*(of_member(a, n) for a in args), **{k: of_member(v, n) for k, v in kwargs.items()})
+        for n in range(members)
+    ]
+    if not seen and members > 1:
+        raise missing_rule(func, carrier, args, "none of its other arguments has the batch's rows to loop over")
+    if not all(isinstance(output, Tensor) and output.dim() > dim for output in outputs):
+        raise missing_rule(func, carrier, args, "its result has no batch dimension to join members on")
+    return torch.cat(outputs, dim)
+
+
+def _metadata() -> frozenset[Any]:
+    properties = """shape dtype device requires_grad ndim is_leaf layout is_cuda is_cpu is_sparse is_sparse_csr is_quantized
+        is_nested is_meta is_mkldnn is_mps is_xpu is_xla is_mtia is_ipu is_maia is_vulkan itemsize nbytes output_nr
+        _version _base names name retains_grad grad_fn""".split()
+    methods = """size dim stride numel nelement element_size is_contiguous is_floating_point is_complex is_signed
+        storage_offset __len__ get_device is_conj is_neg is_inference ndimension is_same_size""".split()
+    reads = [getattr(torch.Tensor, name).__get__ for name in properties if hasattr(torch.Tensor, name)]
+    reads += [getattr(torch.Tensor, name) for name in methods]
+    return frozenset([*reads, torch.is_floating_point, torch.is_complex, torch.numel])
+
+
+_METADATA = _metadata()
