@@ -17,6 +17,7 @@ from torch import Tensor
 from flipout.errors import DrawError
 from flipout.estimators import Estimator
 from flipout.registry import rule
+from flipout.signs import packed_size
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
 
 __all__ = ["permute", "reshape", "take"]
@@ -85,6 +86,8 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         sizes = (*factor.sizes[:at], mean.shape[axis], *factor.sizes[at + 1 :])
         if factor.values is None:
             return replace(factor, sizes=sizes)
+        if (bits := _packed_slice(factor, index)) is not None:
+            return replace(factor, values=bits, sizes=sizes)
         values = pick(factor.flat(weight.mean_weight.dtype).view(-1, *factor.sizes), 1 + at)
         return Factor(values.reshape(values.shape[0], math.prod(sizes)), factor.axes, sizes, packed=False)
 
@@ -95,6 +98,16 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def _packed_slice(factor: Factor, index: slice | Tensor) -> Tensor | None:
+    """The bits of a run of signs that starts at a whole byte, still packed; None for any other selection."""
+    if factor.values is None or not factor.packed or len(factor.axes) != 1 or not isinstance(index, slice):
+        return None
+    start, stop, step = index.indices(factor.count)
+    if step != 1 or start % 8 or stop <= start:
+        return None
+    return factor.values[:, start // 8 : packed_size(stop)]
 
 
 def _matched(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
