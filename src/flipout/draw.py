@@ -48,6 +48,7 @@ class Draw:
         self._fallback = fallback
         self._samples: list[Sample] = self._sample()
         self._fixed: dict[int, Tensor] = {}
+        self._last: tuple[list[Any], list[Tensor]] | None = None
 
     def _targets(self) -> list[Target]:
         return [Target(site.name, site.mean, site.noise, site.axes) for site in self._sites]
@@ -68,30 +69,40 @@ class Draw:
         site, sample = self._sites[i], self._samples[i]
         base = self._fixed.get(i)
         if base is None:
-            base = site.noise.perturbation(sample.unit, mean, self._log_std.get(site.name))
+            base = site.noise.perturbation(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
             if not site.noise.relative and not site.noise.learnable:
                 self._fixed[i] = base  # depends on nothing that moves
         return tuple([Term(base, factors, sample.per_member) for factors in sample.factors])
 
-    def carriers(self, rows: int | None, dim: int) -> list[Tensor]:
+    def carriers(self, rows: int, dim: int) -> list[Tensor]:
         """One perturbed weight a selected parameter, for an input with ``rows`` rows on ``dim``.
 
         Where all rows see one weight (Shared, a single member) it is that weight, an ordinary tensor, and needs no rule.
         """
+        if isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members):
+            return [_only(site.mean, self._terms(i, site.mean)) for i, site in enumerate(self._sites)]
         layout = Layout(self.members, rows, dim)
-        one = isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members)
-        uses_generator = not self.estimator.has_members
+        generator = None if self.estimator.has_members else self._generator
         weights: list[Tensor] = []
         for i, site in enumerate(self._sites):
             mean = site.mean
-            terms = self._terms(i, mean)
-            if one:
-                weights.append(_only(mean, terms))
-                continue
-            generator = self._generator if uses_generator else None
             origin = Origin(site.name, self.estimator, self._fallback, generator, [])
-            weights.append(PerturbedWeight(mean, terms, layout, origin))
+            weights.append(PerturbedWeight(mean, self._terms(i, mean), layout, origin))
         return weights
+
+    def slot_weights(self, rows: int, dim: int) -> list[Tensor]:
+        """The carriers repeated for every slot of a tied parameter; those of the last call where nothing in them has moved."""
+        key: list[Any] = [rows, dim]
+        for site in self._sites:  # carriers read the mean in place, but copied its metadata
+            mean = site.mean
+            key += (id(mean), mean.dtype, mean.device, mean.requires_grad)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        weights = self.carriers(rows, dim)
+        slots = [weight for site, weight in zip(self._sites, weights, strict=True) for _ in site.slots]
+        if len(self._fixed) == len(self._sites) and isinstance(weights[0], PerturbedWeight) and self.estimator.has_members:
+            self._last = (key, slots)
+        return slots
 
     def weights(self, n: int) -> dict[str, Tensor]:
         """Member ``n``'s dense weights by parameter name, differentiable in the means and scales.
@@ -150,6 +161,7 @@ class Draw:
         if wanted:
             self._samples = self.estimator.resample(self._targets(), self._samples, wanted, self._generator)
             self._fixed.clear()
+            self._last = None
 
     def weighted_sum(self, f: Tensor) -> dict[str, Tensor]:
         """Σ_n f[n] ΔW_n by parameter name, without any member's weights in memory.

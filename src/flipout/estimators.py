@@ -16,10 +16,13 @@ from torch import Tensor
 
 from flipout.errors import ArgumentError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
-from flipout.signs import draw_bits
+from flipout.signs import draw_bits, draw_signs, pack
 from flipout.weight import Factor
 
 __all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Sample", "Shared", "Target"]
+
+#: Up to so many signs are drawn as numbers, at most 4 MB of them: unpacking small factors one by one would cost more time.
+_FEW_SIGNS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +51,32 @@ class Sample:
         unit: ε, of the mean's shape; ``[N, *shape]`` if ``per_member``; 0-d where factors alone make the noise.
         factors: one tuple a term of the carrier.
         per_member: whether ``unit`` differs per member by itself.
+        scaled: whether ``unit`` already carries the noise's fixed scale.
     """
 
     unit: Tensor
     factors: tuple[tuple[Factor, ...], ...] = ((),)
     per_member: bool = False
+    scaled: bool = False
 
     def with_members(self, members: Sequence[int], fresh: Sample) -> Sample:
         """The sample with the given members' draws replaced by the rows of ``fresh``."""
         index = torch.as_tensor(list(members), device=self.unit.device)
 
-        def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-            return None if old is None or new is None else old.index_copy(0, index, new)
+        def put(old: Factor, new: Factor) -> Factor:
+            if old.values is None or new.values is None:
+                return old
+            values = new.values
+            if old.packed != new.packed:  # few fresh signs are drawn as numbers
+                values = pack(values) if old.packed else new.flat(old.values.dtype)
+            return replace(old, values=old.values.index_copy(0, index, values))
 
         factors = tuple(
-            tuple(replace(o, values=put(o.values, n.values)) for o, n in zip(olds, news, strict=True))
+            tuple(put(o, n) for o, n in zip(olds, news, strict=True))
             for olds, news in zip(self.factors, fresh.factors, strict=True)
         )
         unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
-        return Sample(unit, factors, self.per_member)
+        return Sample(unit, factors, self.per_member, self.scaled)
 
 
 @dataclass(frozen=True)
@@ -138,29 +148,33 @@ class Flipout(Estimator):
         self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
     ) -> list[Sample]:
         units = _units(targets, generator)
-        signs = iter(self._signs(targets, members, generator))
+        factors = iter(self._factors(targets, members, generator))
         return [
-            Sample(unit, (tuple(Factor(next(signs), axes, sizes) for axes, sizes in target.signs()),))
+            Sample(unit, (tuple([next(factors) for _ in target.axes or (0,)]),), scaled=target.noise.fixed_scale is not None)
             for unit, target in zip(units, targets, strict=True)
         ]
 
     def resample(
         self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
     ) -> list[Sample]:
-        signs = iter(self._signs(targets, len(members), generator))
-        fresh = [
-            Sample(old.unit, tuple(tuple(replace(f, values=next(signs)) for f in term) for term in old.factors))
-            for old in samples
-        ]
+        factors = iter(self._factors(targets, len(members), generator))
+        fresh = [Sample(old.unit, tuple(tuple([next(factors) for _ in term]) for term in old.factors)) for old in samples]
         return [old.with_members(members, new) for old, new in zip(samples, fresh, strict=True)]
 
-    def _signs(
+    def _factors(
         self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Tensor] | list[None]:
-        counts = [math.prod(sizes) for target in targets for _, sizes in target.signs()]
+    ) -> list[Factor]:
+        """The sign factors of all targets in order, from one stream of random words."""
+        places = [place for target in targets for place in target.signs()]
         if members is None:
-            return [None] * len(counts)
-        return draw_bits(members, counts, generator=generator, device=targets[0].mean.device)
+            return [Factor(None, axes, sizes) for axes, sizes in places]
+        counts = [math.prod(sizes) for _, sizes in places]
+        mean, packed = targets[0].mean, members * sum(counts) > _FEW_SIGNS
+        if packed:
+            values = draw_bits(members, counts, generator=generator, device=mean.device)
+        else:
+            values = draw_signs(members, counts, generator=generator, device=mean.device, dtype=mean.dtype)
+        return [Factor(v, axes, sizes, packed) for (axes, sizes), v in zip(places, values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,8 @@ class Shared(Estimator):
     def sample(
         self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
     ) -> list[Sample]:
-        return [Sample(unit) for unit in _units(targets, generator)]
+        units = _units(targets, generator)
+        return [Sample(u, scaled=t.noise.fixed_scale is not None) for u, t in zip(units, targets, strict=True)]
 
     def resample(
         self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
@@ -279,7 +294,10 @@ class LowRank(Estimator):
 
 
 def _units(targets: Sequence[Target], generator: torch.Generator | None) -> list[Tensor]:
-    """One unit draw a target; targets with one law, dtype and device are drawn as one stream and split."""
+    """One unit draw a target, times the fixed scale if its noise has one.
+
+    Targets with one law, dtype and device are drawn and scaled as one stream.
+    """
     units: dict[int, Tensor] = {}
     groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for i, target in enumerate(targets):
@@ -287,12 +305,14 @@ def _units(targets: Sequence[Target], generator: torch.Generator | None) -> list
     for (_, dtype, device), group in groups.items():
         means = [targets[i].mean for i in group]
         noise = targets[group[0]].noise
-        if len(group) == 1 or not noise.standardized:
-            drawn = [noise.unit(mean.shape, generator=generator, dtype=dtype, device=device) for mean in means]
-        else:
+        if noise.standardized:
             counts = [mean.numel() for mean in means]
             stream = noise.unit(torch.Size([sum(counts)]), generator=generator, dtype=dtype, device=device)
-            drawn = [piece.view(mean.shape) for piece, mean in zip(stream.split(counts), means, strict=True)]
+            if noise.fixed_scale is not None:
+                stream.mul_(noise.fixed_scale)
+            drawn = [u.view(mean.shape) for u, mean in zip(torch.split_with_sizes(stream, counts), means, strict=True)]
+        else:
+            drawn = [noise.unit(mean.shape, generator=generator, dtype=dtype, device=device) for mean in means]
         units.update(zip(group, drawn, strict=True))
     return [units[i] for i in range(len(targets))]
 

@@ -19,11 +19,12 @@ def composed(*tensors: Tensor | None) -> bool:
     Under ``torch.compile`` the compiler fuses them itself; under ``torch.func`` transforms only plain operations
     differentiate; without a gradient there is no backward to save.
     """
-    return (
-        transformed()
-        or not torch.is_grad_enabled()
-        or not any(t is not None and t.requires_grad for t in tensors)
-    )
+    if not torch.is_grad_enabled() or transformed():
+        return True
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return False
+    return True
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -71,19 +71,28 @@ class Noise(ABC):
     def unit_log_prob(self, unit: Tensor) -> Tensor:
         """Log-density (log-mass for a discrete law) of each entry of ε, in nats."""
 
-    def perturbation(self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
+    @property
+    def fixed_scale(self) -> float | None:
+        """The one number that scales ε, where it is neither learnable nor a tensor: draws may carry it from the start."""
+        return float(self.std) if self.standardized and not self.learnable and not isinstance(self.std, Tensor) else None
+
+    def perturbation(
+        self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None, *, scaled: bool = False
+    ) -> Tensor:
         """ΔW from a unit draw, differentiable in ``mean`` (relative noise) and ``log_std`` (learnable noise).
 
         Args:
             unit: ε, of the mean's shape, or with leading member dimensions, or 0-d for the scale itself.
             mean: W̄.
             log_std: logarithm of each entry's scale where the noise is learnable, else None.
+            scaled: whether ``unit`` already carries :attr:`fixed_scale`.
 
         Returns:
             ΔW, of the broadcast shape of its factors.
         """
-        scaled = self._scaled(unit, mean, log_std)
-        return scaled * mean if self.relative else scaled
+        if not scaled:
+            unit = self._scaled(unit, mean, log_std)
+        return unit * mean if self.relative else unit
 
     def _scaled(self, unit: Tensor, mean: Tensor, log_std: Tensor | None) -> Tensor:
         if log_std is not None:

@@ -103,8 +103,8 @@ class Perturbed(nn.Module):
         else:
             rows = _count_rows(self.module, self.batch_dim, args, kwargs)
             _require_blocks(rows, draw, self.batch_dim)
-        slots, weights = _slots(self._sites), draw.carriers(rows, self.batch_dim)
-        means = _swap(slots, [weight for site, weight in zip(self._sites, weights, strict=True) for _ in site.slots])
+        slots = _slots(self._sites)
+        means = _swap(slots, draw.slot_weights(rows, self.batch_dim))
         try:
             return self.module(*args, **kwargs)
         finally:
@@ -298,9 +298,7 @@ class _Calls:
             if not draw.started:
                 draw.start(rows)
             _require_blocks(rows, draw, net.batch_dim)
-            weights = draw.carriers(rows, net.batch_dim)
-            repeated = [weight for site, weight in zip(net._sites, weights, strict=True) for _ in site.slots]
-            self.means = _swap(_slots(net._sites), repeated)
+            self.means = _swap(_slots(net._sites), draw.slot_weights(rows, net.batch_dim))
         except BaseException:
             self.depth = 0
             raise
@@ -347,7 +345,9 @@ def _member_count(members: Any) -> int:
 
 def _count_rows(module: nn.Module, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The rows of the first tensor argument on the batch dimension; one for an unbatched input."""
-    first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    if first is None:
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
     if first is None:
         raise BatchError(f"{type(module).__name__} was called without a tensor, so its examples cannot be counted")
     if first.dim() == unbatched_rank(module):

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["draw_bits", "packed_size", "unpack"]
+__all__ = ["draw_bits", "draw_signs", "pack", "packed_size", "unpack"]
 
 _INT64_MIN = -(2**63)
 
@@ -35,14 +35,34 @@ def draw_bits(
         >>> bits.shape, bits.dtype
         (torch.Size([3, 2]), torch.uint8)
     """
-    widths = [packed_size(size) for size in sizes]
-    total = rows * sum(widths)
+    counts = [rows * packed_size(size) for size in sizes]
+    stream = _random_bytes(sum(counts), generator, device)
+    pieces = torch.split_with_sizes(stream, [*counts, stream.numel() - sum(counts)])
+    return [piece.view(rows, packed_size(size)) for piece, size in zip(pieces, sizes, strict=False)]
+
+
+def draw_signs(
+    rows: int, sizes: Sequence[int], *, generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """As :func:`draw_bits`, but as numbers -1 and +1, ``[rows, size]`` for each size: cheaper where the signs are few.
+
+    Example:
+        >>> signs, = draw_signs(3, [10], generator=None, device=torch.device("cpu"), dtype=torch.float32)
+        >>> signs.shape, signs.abs().unique()
+        (torch.Size([3, 10]), tensor([1.]))
+    """
+    counts = [rows * size for size in sizes]
+    stream = _random_bytes(packed_size(sum(counts)), generator, device)
+    signs = unpack(stream.unsqueeze(0), 8 * stream.numel(), dtype).view(-1)
+    pieces = torch.split_with_sizes(signs, [*counts, signs.numel() - sum(counts)])
+    return [piece.view(rows, size) for piece, size in zip(pieces, sizes, strict=False)]
+
+
+def _random_bytes(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """At least ``count`` random bytes: a whole number of words."""
     # All 64 bits of a word are random only over the full range: random_() alone leaves the sign bit 0.
-    words = torch.empty((total + 7) // 8, dtype=torch.int64, device=device)
-    words.random_(_INT64_MIN, None, generator=generator)
-    stream = words.view(torch.uint8)
-    pieces = stream.split([rows * width for width in widths] + [stream.numel() - total])
-    return [piece.view(rows, width) for piece, width in zip(pieces, widths, strict=False)]
+    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
+    return words.random_(_INT64_MIN, None, generator=generator).view(torch.uint8)
 
 
 def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -60,6 +80,13 @@ def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         signs = _byte_table(dtype, bits.device).index_select(0, bits.reshape(-1).int())
     signs = signs.view(rows, 8 * width)
     return signs if 8 * width == size else signs[:, :size]
+
+
+def pack(signs: Tensor) -> Tensor:
+    """The inverse of :func:`unpack`: signs ``[rows, size]`` to bits ``[rows, ceil(size / 8)]``."""
+    rows, size = signs.shape
+    bits = torch.nn.functional.pad((signs > 0).to(torch.uint8), (0, -size % 8)).view(rows, -1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=signs.device)).sum(-1, dtype=torch.uint8)
 
 
 @cache

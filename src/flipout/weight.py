@@ -55,6 +55,12 @@ class Factor:
             raise DrawError('signs drawn per token (granularity="token") exist only inside an operation on tokens')
         return unpack(self.values, self.count, dtype) if self.packed else self.values.to(dtype)
 
+    def compact(self, dtype: torch.dtype) -> Tensor:
+        """The values as they are kept: bits, or numbers in ``dtype``."""
+        if self.values is None or not self.packed:
+            return self.flat(dtype)
+        return self.values
+
     def broadcast(self, ndim: int, dtype: torch.dtype) -> Tensor:
         """The values as ``[N, ...]`` that broadcasts against ``[N, *weight.shape]`` for a weight of rank ``ndim``."""
         values = self.flat(dtype)
@@ -67,7 +73,9 @@ class Factor:
 
     def members(self, index: Tensor | slice) -> Factor:
         """The factor of some members only."""
-        return self if self.values is None else replace(self, values=self.values[index])
+        if self.values is None:
+            return self
+        return replace(self, values=self.values[index])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,7 +242,7 @@ class PerturbedWeight(torch.Tensor):
         terms = []
         for term in self.terms:
             bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
-            factors = [replace(factor, values=b) for factor, b in zip(term.factors, bits, strict=True)]
+            factors = [replace(factor, values=b, packed=True) for factor, b in zip(term.factors, bits, strict=True)]
             terms.append(Term(term.base, tuple(factors)))
         return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
 

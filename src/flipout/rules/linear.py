@@ -42,9 +42,9 @@ def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
     return sides[1], sides[0]
 
 
-def _sign_bits(term: Term) -> tuple[Factor, Factor] | None:
-    """The packed (s, r) of a term that still is flipout's own."""
-    if term.per_member or len(term.factors) != 2 or not all(f.packed for f in term.factors):
+def _signs(term: Term) -> tuple[Factor, Factor] | None:
+    """The (s, r) of a term that has one factor along the input axis, one along the output axis and a full base."""
+    if term.per_member or len(term.factors) != 2 or term.base.dim() != 2:
         return None
     first, second = term.factors
     if first.axes == (1,) and second.axes == (0,):
@@ -71,15 +71,16 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if not isinstance(weight, PerturbedWeight):
         plain: Tensor = add(F.linear(input, weight), bias)
         return plain
-    x, input = _blocks(input, weight, "linear")
-    shape = (*input.shape[:-1], weight.mean_weight.shape[0])
-    if len(weight.terms) == 1 and (signs := _sign_bits(weight.terms[0])) is not None:
-        base = weight.terms[0].base
-        parts = _bias_parts(bias, weight)
-        if parts is not None:
-            b, c, bits = parts
-            x, mean, base, b, c = autocast(x, weight.mean_weight, base, b, c)  # type: ignore[assignment]
-            return signed_linear(x, mean, base, signs[0].values, signs[1].values, b, c, bits).view(shape)  # type: ignore[arg-type]
+    if input.dim() == 2 and input.shape[0] == weight.batch.members:
+        x, shape = input, None
+    else:
+        x, input = _blocks(input, weight, "linear")
+        shape = (*input.shape[:-1], weight.mean_weight.shape[0])
+    fused = _fused(x, weight, bias)
+    if fused is not None:
+        return fused if shape is None else fused.view(shape)
+    if shape is None:
+        x, shape = x.unsqueeze(1).unsqueeze(0), (input.shape[0], weight.mean_weight.shape[0])
     x, mean = autocast(x, weight.mean_weight)  # type: ignore[assignment]
     y = torch.matmul(x, mean.t())
     for term in weight.terms:
@@ -93,21 +94,34 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     return _add_bias(y.view(shape), bias)
 
 
+def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> Tensor | None:
+    """The hand-written pair of products, where weight and bias still are flipout's own; else None."""
+    signs = _signs(weight.terms[0]) if len(weight.terms) == 1 else None
+    parts = _bias_parts(bias, weight) if signs is not None else None
+    if signs is None or parts is None:
+        return None
+    b, c, bias_factor = parts
+    x, mean, base, b, c = autocast(x, weight.mean_weight, weight.terms[0].base, b, c)  # type: ignore[assignment]
+    s, r = (factor.compact(x.dtype) for factor in signs)
+    bias_signs = None if bias_factor is None else bias_factor.compact(x.dtype)
+    return signed_linear(x, mean, base, s, r, b, c, bias_signs)
+
+
 def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor:
     dense = term.dense(weight.mean_weight.dim()).to(dtype)
     return dense.expand(dense.shape[0], *weight.mean_weight.shape)
 
 
-def _bias_parts(bias: Any, weight: PerturbedWeight) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+def _bias_parts(bias: Any, weight: PerturbedWeight) -> tuple[Tensor | None, Tensor | None, Factor | None] | None:
     """Mean, base and bits of a bias that the fused product can add; None if it cannot."""
     if not isinstance(bias, PerturbedWeight):
         return bias, None, None
-    if len(bias.terms) != 1 or bias.terms[0].per_member or bias.batch != weight.batch:
+    if len(bias.terms) != 1 or bias.terms[0].per_member or bias.batch is not weight.batch and bias.batch != weight.batch:
         return None
     factors = bias.terms[0].factors
-    if len(factors) != 1 or not factors[0].packed or factors[0].axes != (0,):
+    if len(factors) != 1 or factors[0].axes != (0,):
         return None
-    return bias.mean_weight, bias.terms[0].base, factors[0].values
+    return bias.mean_weight, bias.terms[0].base, factors[0]
 
 
 def _add_bias(y: Tensor, bias: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flipout.modes import composed, transformed
 from flipout.signs import unpack
@@ -23,74 +24,68 @@ def signed_linear(
     x: Tensor,
     mean: Tensor,
     base: Tensor,
-    s_bits: Tensor,
-    r_bits: Tensor,
+    s: Tensor,
+    r: Tensor,
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
-    bias_bits: Tensor | None = None,
+    c: Tensor | None = None,
 ) -> Tensor:
-    """X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ) + C ∘ Δb, with signs as bits.
+    """X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ) + C ∘ Δb.
 
     Args:
-        x: ``[A, N, T, in]``: N members; every row of the A and T axes sees its member's weights.
+        x: ``[N, in]``, or ``[A, N, T, in]`` where every row of the A and T axes sees its member's weights.
         mean: W̄ ``[out, in]``.
         base: ΔW ``[out, in]``.
-        s_bits: packed signs ``[N, ceil(in / 8)]``.
-        r_bits: packed signs ``[N, ceil(out / 8)]``.
+        s: signs of the inputs, packed ``[N, ceil(in / 8)]`` or as numbers ``[N, in]``; kept for backward as they come.
+        r: signs of the outputs, packed or as numbers ``[N, out]``.
         bias: mean bias ``[out]`` or None.
         bias_base: Δb ``[out]`` or None.
-        bias_bits: packed signs of the bias ``[N, ceil(out / 8)]`` or None.
+        c: signs of the bias, as ``r``, or None.
 
     Returns:
-        ``[A, N, T, out]``.
+        ``[N, out]`` or ``[A, N, T, out]``.
     """
-    operands = (x, mean, base, s_bits, r_bits, bias, bias_base, bias_bits)
+    operands = (x, mean, base, s, r, bias, bias_base, c)
     if composed(x, mean, base, bias, bias_base):
         return _forward(*operands)
     result: Tensor = _SignedLinear.apply(*operands)  # type: ignore[no-untyped-call]
     return result
 
 
-def _signs(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """``[N, 1, size]``, which broadcasts to the rows of a member."""
-    return unpack(bits, size, dtype).unsqueeze(1)
+def _signs(signs: Tensor, like: Tensor) -> Tensor:
+    """Signs as numbers that broadcast to the rows of ``like``."""
+    if signs.dtype == torch.uint8:
+        signs = unpack(signs, like.shape[-1], like.dtype)
+    return signs if like.dim() == 2 else signs.unsqueeze(1)
+
+
+def _times(signs: Tensor, x: Tensor) -> Tensor:
+    """signs ∘ x, into the memory of freshly unpacked signs where the shapes allow."""
+    numbers = _signs(signs, x)
+    if x.dim() == 2 and signs.dtype == torch.uint8 and not transformed():
+        return numbers.mul_(x)
+    return numbers * x
 
 
 def _forward(
     x: Tensor,
     mean: Tensor,
     base: Tensor,
-    s_bits: Tensor,
-    r_bits: Tensor,
+    s: Tensor,
+    r: Tensor,
     bias: Tensor | None,
     bias_base: Tensor | None,
-    bias_bits: Tensor | None,
+    c: Tensor | None,
 ) -> Tensor:
-    out, width = mean.shape
-    rows = (*x.shape[:-1], out)
-    r = _signs(r_bits, out, x.dtype)
-    flat = x.reshape(-1, width)
-    signed = _times(_signs(s_bits, width, x.dtype), x)
-    y = torch.mm(signed.reshape(-1, width), base.t()).view(rows)
+    y = F.linear(x, mean, bias)
+    z = F.linear(_times(s, x), base)
     if transformed():
-        y = y * r if bias is None else torch.addcmul(bias, y, r)
-        if bias_base is not None and bias_bits is not None:
-            y = y + _signs(bias_bits, out, x.dtype) * bias_base
-        return y + torch.mm(flat, mean.t()).view(rows)
-    y.mul_(r)
-    if bias is not None:
-        y.add_(bias)
-    if bias_base is not None and bias_bits is not None:
-        y.addcmul_(_signs(bias_bits, out, x.dtype), bias_base)
-    y.view(-1, out).addmm_(flat, mean.t())
+        y = y + _signs(r, z) * z
+        return y if bias_base is None or c is None else y + _signs(c, y) * bias_base
+    y.addcmul_(z, _signs(r, z))
+    if bias_base is not None and c is not None:
+        y.addcmul_(_signs(c, y), bias_base)
     return y
-
-
-def _times(signs: Tensor, x: Tensor) -> Tensor:
-    """signs ∘ x, into the memory of the signs where the shapes allow."""
-    if not transformed() and x.shape[0] == 1 and x.shape[2] == 1 and signs.is_contiguous():
-        return signs.unsqueeze(0).mul_(x)
-    return signs * x
 
 
 class _SignedLinear(torch.autograd.Function):
@@ -101,26 +96,24 @@ class _SignedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, base, s_bits, r_bits, bias, bias_base, bias_bits = ctx.saved_tensors
+        x, mean, base, s, r, bias, bias_base, c = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
         out, width = mean.shape
-        grad = grad.contiguous()
-        g = grad.view(-1, out)
+        g = grad.reshape(-1, out)
         gx = gw = gd = gb = gc = None
         if needs_x or needs_base:
-            rg = _times(_signs(r_bits, out, grad.dtype), grad).reshape(-1, out)
+            rg = _times(r, grad).reshape(-1, out)
         if needs_x:
-            gx = torch.mm(rg, base).view(x.shape).mul_(_signs(s_bits, width, x.dtype))
-            gx.view(-1, width).addmm_(g, mean)
+            gx = torch.mm(g, mean).view(x.shape)
+            gx.addcmul_(torch.mm(rg, base).view(x.shape), _signs(s, x))
         if needs_mean:
             gw = torch.mm(g.t(), x.reshape(-1, width))
         if needs_base:
-            sx = _times(_signs(s_bits, width, x.dtype), x).reshape(-1, width)
-            gd = torch.mm(rg.t(), sx)
+            gd = torch.mm(rg.t(), _times(s, x).reshape(-1, width))
         if needs_bias:
             gb = g.sum(0)
         if needs_bias_base:
-            gc = _times(_signs(bias_bits, out, grad.dtype), grad).reshape(-1, out).sum(0)
+            gc = _times(c, grad).reshape(-1, out).sum(0)
         return gx, gw, gd, None, None, gb, gc, None
 
 
