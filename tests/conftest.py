@@ -1,0 +1,19 @@
+"""One thread, fixed shapes from Hypothesis, and a global random state that no test depends on."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("laws", derandomize=True, deadline=None, database=None, max_examples=25)
+hypothesis.settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
