@@ -1,0 +1,182 @@
+"""Streaming moments of a gradient, and intervals for what is computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flipout.errors import ArgumentError
+
+__all__ = ["Estimate", "Moments", "estimate_mean", "log_log_slope", "ratio", "t_quantile"]
+
+
+class Moments:
+    """Welford's streaming mean of a gradient, and its squared deviations summed over the entries of each parameter.
+
+        δ = g_k - m_{k-1},   m_k = m_{k-1} + δ/k,   M_k = M_{k-1} + (k-1)/k · ‖δ‖²
+
+    Welford 1962. No gradient is kept: the memory is one gradient, whatever the number of draws.
+
+    Example:
+        >>> moments = Moments()
+        >>> for g in (1.0, 2.0, 6.0):
+        ...     moments.add({"w": torch.tensor([g, 0.0])})
+        >>> moments.variance()
+        {'w': 7.0}
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+
+    def add(self, gradient: Mapping[str, Tensor]) -> None:
+        """Takes in one gradient by parameter name. The tensors are only read."""
+        self.count += 1
+        for name, g in gradient.items():
+            if self.count == 1:
+                self.mean[name] = g.detach().clone()
+                self._squares[name] = torch.zeros((), dtype=torch.float64, device=g.device)
+                continue
+            delta = g.detach() - self.mean[name]
+            self._squares[name] += (self.count - 1) / self.count * delta.square().sum().double()
+            self.mean[name].add_(delta, alpha=1 / self.count)
+
+    def variance(self) -> dict[str, float]:
+        """The unbiased variance M/(k-1), summed over the entries of each parameter.
+
+        Raises:
+            ArgumentError: before the second gradient.
+        """
+        if self.count < 2:
+            raise ArgumentError(f"a variance needs at least 2 gradients, got {self.count}")
+        return {name: squares.item() / (self.count - 1) for name, squares in self._squares.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its confidence interval.
+
+    Attributes:
+        value: the estimate.
+        low, high: the interval; infinitely wide where there is nothing to judge the spread by.
+        standard_error: of ``value``.
+        degrees: degrees of freedom of the standard error.
+
+    Example:
+        >>> print(Estimate(1.0, 0.9, 1.1, 0.05, 9))
+        1 [0.9, 1.1]
+    """
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    degrees: float
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: an unknown bound is None."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+
+def estimate_mean(samples: Sequence[float], confidence: float = 0.9) -> Estimate:
+    """The mean of independent numbers with Student's t-interval.
+
+    Example:
+        >>> print(estimate_mean([1.0, 2.0, 3.0]))
+        2 [0.314, 3.69]
+    """
+    count = len(samples)
+    value = math.fsum(samples) / count
+    error = math.sqrt(math.fsum((s - value) ** 2 for s in samples) / (count - 1) / count) if count > 1 else math.inf
+    return _interval(value, error, count - 1, confidence)
+
+
+def ratio(numerator: Estimate, denominator: Estimate, confidence: float = 0.9) -> Estimate:
+    """The ratio of two independent positive estimates; its interval is symmetric in the logarithm.
+
+    Example:
+        >>> a, b = Estimate(4.0, 3.6, 4.4, 0.2, 30), Estimate(2.0, 1.9, 2.1, 0.05, 30)
+        >>> print(ratio(a, b))
+        2 [1.82, 2.2]
+    """
+    log = _log_combination([1.0, -1.0], [numerator, denominator], confidence)
+    value = math.exp(log.value)
+    high = math.exp(log.high) if log.high < 700 else math.inf
+    return Estimate(value, math.exp(log.low), high, value * log.standard_error, log.degrees)
+
+
+def log_log_slope(sizes: Sequence[float], estimates: Sequence[Estimate], confidence: float = 0.9) -> Estimate:
+    """The least-squares slope of log(estimate) against log(size), for independent estimates.
+
+    The error of each point is carried through to the slope, so a curve that is not straight does not widen the interval.
+
+    Raises:
+        ArgumentError: for fewer than two distinct sizes.
+
+    Example:
+        >>> points = [Estimate(1 / n, 0.9 / n, 1.1 / n, 0.05 / n, 9) for n in (1, 10, 100)]
+        >>> print(log_log_slope([1, 10, 100], points))
+        -1 [-1.03, -0.973]
+    """
+    x = np.log(np.asarray(sizes, dtype=np.float64))
+    x = x - x.mean()
+    if len(set(sizes)) < 2:
+        raise ArgumentError(f"a slope needs two different sizes, got {list(sizes)}")
+    return _log_combination(list(x / np.square(x).sum()), estimates, confidence)
+
+
+def _log_combination(factors: Sequence[float], estimates: Sequence[Estimate], confidence: float) -> Estimate:
+    """Σ_i c_i log e_i by the delta method, with Welch and Satterthwaite's degrees of freedom."""
+    value, parts = 0.0, []
+    for factor, estimate in zip(factors, estimates, strict=True):
+        if estimate.value <= 0:
+            raise ArgumentError(f"the logarithm of {estimate.value} does not exist: the estimate must be positive")
+        value += factor * math.log(estimate.value)
+        parts.append(((factor * estimate.standard_error / estimate.value) ** 2, estimate.degrees))
+    square = math.fsum(part for part, _ in parts)
+    if not math.isfinite(square) or square == 0:
+        return _interval(value, math.sqrt(square), 0 if square else 1, confidence)
+    degrees = square**2 / math.fsum(part**2 / max(each, 1e-9) for part, each in parts)
+    return _interval(value, math.sqrt(square), degrees, confidence)
+
+
+def _interval(value: float, error: float, degrees: float, confidence: float) -> Estimate:
+    half = t_quantile(confidence, degrees) * error if degrees > 0 and math.isfinite(error) else math.inf
+    return Estimate(value, value - half, value + half, error, degrees)
+
+
+@cache
+def t_quantile(confidence: float, degrees: float) -> float:
+    """How many standard errors a two-sided Student interval of the given confidence reaches.
+
+    With t = √ν tan θ the density in θ is proportional to cos^(ν-1) θ, which is integrated on a grid.
+
+    Raises:
+        ArgumentError: if ``confidence`` is no probability inside (0, 1) or ``degrees`` is not positive.
+
+    Example:
+        >>> round(t_quantile(0.9, 49), 4)
+        1.6766
+    """
+    if not 0 < confidence < 1 or not degrees > 0:
+        raise ArgumentError(f"confidence={confidence}, degrees={degrees}: expected 0 < confidence < 1 and degrees > 0")
+    # u = θ^(1/2) crowds the grid towards 0, where the mass is for many degrees of freedom
+    theta = np.linspace(0.0, 1.0, 20_001) ** 2 * (math.pi / 2)
+    with np.errstate(divide="ignore"):
+        density = np.exp((degrees - 1) * np.log(np.cos(np.minimum(theta, math.pi / 2 - 1e-12))))
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) * np.diff(theta) / 2)])
+    angle = float(np.interp(confidence * mass[-1], mass, theta))
+    return math.sqrt(degrees) * math.tan(angle)
