@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
 from flipout.registry import rule
+from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
 from flipout.weight import Layout, PerturbedWeight, Term, missing_rule
 
@@ -36,12 +37,25 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any) -> Tensor:
     if weight.batch.members is None:
         flat = indices.reshape(-1)
         return lookup(flat, weight.for_tokens(flat.numel()), read).view(*indices.shape, *weight.mean_weight.shape[1:])
-    indices, axis = weight.batch.locate(indices, 0, "embedding")
+    indices, axis = _rows_of(indices, weight)
     rows = indices.shape[axis]
     y: Tensor = read(indices, weight.mean_weight)
     for term in weight.terms:
         y = y + _term(indices, axis, rows, term, weight, read)
     return y
+
+
+def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
+    """The indices and their axis of rows."""
+    try:
+        return weight.batch.locate(indices, 0, "a lookup")
+    except BatchError:
+        layout, name = weight.batch, weight.origin.name
+    raise BatchError(
+        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own input has "
+        f"{layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
+        f"need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
+    )
 
 
 def _term(indices: Tensor, axis: int, rows: int, term: Term, weight: PerturbedWeight, read: Any) -> Tensor:
@@ -86,11 +100,10 @@ def getitem(weight: Any, index: Any) -> Any:
         return index_basic(weight, items)
     if len(items) > 1 or not isinstance(items[0], Tensor) or items[0].dtype == torch.bool:
         raise missing_rule(torch.Tensor.__getitem__, weight, (weight,), "only one tensor of integer indices is a lookup")
-    if items[0].dim() <= weight.batch.dim:
-        raise BatchError(
-            f"{weight.origin.name!r} is indexed by a tensor of shape {tuple(items[0].shape)}, which has no batch dimension: which "
-            f"example's weights to read cannot be told; pass exclude={weight.origin.name!r}"
-        )
+    if not items[0].dim() and weight.batch.members is None:  # one matrix for all the tokens at hand
+        return index_basic(weight, (int(items[0]),))
+    if not items[0].dim() and weight.mean_weight.dim() > 2:
+        raise routed_error(weight, "an index")
     return lookup(items[0], weight, lambda i, table: table[i])
 
 

@@ -49,6 +49,8 @@ def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
         touched = [group for group in groups if set(group[0]) & set(factor.axes)]
         whole = [axis for before, _ in touched for axis in before if old[axis] != 1]
         kept = [axis for axis in factor.axes if old[axis] != 1]
+        if not kept:  # one sign for all entries
+            return replace(factor, axes=(), sizes=())
         after = [axis for _, axes in touched for axis in axes if mean.shape[axis] != 1]
         axes, sizes = tuple(after), tuple(mean.shape[axis] for axis in after)
         if whole == kept:  # the factor varies along all that is regrouped: its layout stays
