@@ -70,7 +70,7 @@ class Draw:
         base = self._fixed.get(i)
         if base is None:
             base = site.noise.perturbation(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
-            if not site.noise.relative and not site.noise.learnable:
+            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
                 self._fixed[i] = base  # depends on nothing that moves
         return tuple([Term(base, factors, sample.per_member) for factors in sample.factors])
 
@@ -92,6 +92,8 @@ class Draw:
 
     def slot_weights(self, rows: int, dim: int) -> list[Tensor]:
         """The carriers repeated for every slot of a tied parameter; those of the last call where nothing in them has moved."""
+        if torch.compiler.is_compiling():  # nothing may outlive the graph that made it
+            return [weight for site, weight in zip(self._sites, self.carriers(rows, dim), strict=True) for _ in site.slots]
         key: list[Any] = [rows, dim]
         for site in self._sites:  # carriers read the mean in place, but copied its metadata
             mean = site.mean

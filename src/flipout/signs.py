@@ -51,15 +51,16 @@ def draw_signs(
         >>> signs.shape, signs.abs().unique()
         (torch.Size([3, 10]), tensor([1.]))
     """
-    counts = [rows * size for size in sizes]
-    stream = _random_bytes(packed_size(sum(counts)), generator, device)
-    signs = unpack(stream.unsqueeze(0), 8 * stream.numel(), dtype).view(-1)
-    pieces = torch.split_with_sizes(signs, [*counts, signs.numel() - sum(counts)])
-    return [piece.view(rows, size) for piece, size in zip(pieces, sizes, strict=False)]
+    width = packed_size(sum(sizes))
+    stream = _random_bytes(rows * width, generator, device)[: rows * width].view(rows, width)
+    pieces = torch.split_with_sizes(unpack(stream, 8 * width, dtype), [*sizes, 8 * width - sum(sizes)], 1)
+    return list(pieces[:-1])
 
 
 def _random_bytes(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """At least ``count`` random bytes: a whole number of words."""
+    if torch.compiler.is_compiling():  # the compiler has no random_()
+        return torch.randint(256, (count,), dtype=torch.uint8, device=device, generator=generator)
     # All 64 bits of a word are random only over the full range: random_() alone leaves the sign bit 0.
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
     return words.random_(_INT64_MIN, None, generator=generator).view(torch.uint8)

@@ -53,7 +53,9 @@ class Factor:
         """The values, ``[N, prod(sizes)]``."""
         if self.values is None:
             raise DrawError('signs drawn per token (granularity="token") exist only inside an operation on tokens')
-        return unpack(self.values, self.count, dtype) if self.packed else self.values.to(dtype)
+        if self.packed:
+            return unpack(self.values, self.count, dtype)
+        return self.values if self.values.dtype == dtype else self.values.to(dtype)
 
     def compact(self, dtype: torch.dtype) -> Tensor:
         """The values as they are kept: bits, or numbers in ``dtype``."""
