@@ -15,7 +15,7 @@ from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.select import Site, check_generator, select, unbatched_rank
+from flipout.select import Site, check_generator, rows_dim, select, unbatched_rank
 
 __all__ = ["Perturbed", "perturbed"]
 
@@ -33,7 +33,8 @@ class Perturbed(nn.Module):
         estimator: how examples share a draw.
         include: name pattern(s) of the parameters to perturb, as in :mod:`fnmatch`.
         exclude: name pattern(s) of parameters to leave alone.
-        batch_dim: the dimension of the first tensor argument that counts the examples.
+        batch_dim: the dimension of the first tensor argument that counts the examples; recurrent and attention modules wrapped by
+            themselves use their own ``batch_first``.
         generator: source of all draws; None for torch's global generator of the parameters' device.
         fallback: None to raise MissingRuleError where a torch operation has no rule; ``"loop"`` to run such an operation once
             per member over materialised weights.
@@ -73,7 +74,7 @@ class Perturbed(nn.Module):
             raise ArgumentError(f'fallback={fallback!r}: expected None or "loop"')
         self.module = module
         self.estimator = estimator
-        self.batch_dim = batch_dim
+        self.batch_dim = rows_dim(module, batch_dim)
         self.generator = generator
         self.fallback = fallback
         self.log_std = nn.ParameterDict(

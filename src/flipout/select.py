@@ -144,11 +144,39 @@ def _sign_axes(slots: Iterable[tuple[nn.Module, str]]) -> tuple[int, ...]:
 
 def unbatched_rank(module: nn.Module) -> int | None:
     """The rank of one example without a batch dimension, where the first layer tells; else None."""
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
+    module = _first_layer(module)
     if isinstance(module, nn.modules.conv._ConvNd):
         return len(module.kernel_size) + 1
-    return 1 if isinstance(module, (nn.Linear, nn.RNNCellBase)) else 2 if isinstance(module, nn.RNNBase) else None
+    if isinstance(module, (nn.Linear, nn.RNNCellBase)):
+        return 1
+    return 2 if isinstance(module, (nn.RNNBase, nn.MultiheadAttention, *_TRANSFORMERS)) else None
+
+
+def rows_dim(module: nn.Module, batch_dim: int) -> int:
+    """The dimension that counts the examples: a recurrent or attention module's own ``batch_first``, else ``batch_dim``."""
+    module = _first_layer(module)
+    while isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = module.layers[0]
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention, nn.Transformer)):
+        return 0 if module.batch_first else 1
+    return batch_dim
+
+
+def _first_layer(module: nn.Module) -> nn.Module:
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return module
+
+
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) -> None:

@@ -63,7 +63,9 @@ def multi_head_attention(
     batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[no-untyped-call]
     _require_rows(query, key, value, everything)
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
-        raise ValueError(f"attention over {embed_dim_to_check} features in {num_heads} heads got queries of shape {tuple(query.shape)}")
+        raise ValueError(
+            f"attention of {embed_dim_to_check} features and {num_heads} heads got queries of shape {tuple(query.shape)}"
+        )
     if not batched:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -126,8 +128,8 @@ def _require_rows(query: Tensor, key: Tensor, value: Tensor, weights: tuple[Any,
         raise BatchError(
             f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
-            f"batch_dim={layout.dim} for {layout.members} members; pass the batch_dim that counts the examples (1 for a module made "
-            "with batch_first=False), and give unbatched input a batch dimension"
+            f"batch_dim={layout.dim} for {layout.members} members; pass the batch_dim that counts the examples (1 where a module has "
+            " batch_first=False), and give unbatched input a batch dimension"
         )
 
 
@@ -150,9 +152,8 @@ def _project(operands: tuple[Tensor, Tensor, Tensor], weights: list[Any], bias: 
     fused, *separate = weights
     width = operands[0].shape[-1]
     if fused is None:
-        return tuple(
-            F.linear(x, w, _rows_of(bias, i * width, (i + 1) * width)) for i, (x, w) in enumerate(zip(operands, separate, strict=True))
-        )
+        biases = [_rows_of(bias, i * width, (i + 1) * width) for i in range(3)]
+        return tuple(F.linear(x, w, b) for x, w, b in zip(operands, separate, biases, strict=True))
     q, k, v = operands
     if k is v:
         if q is k:
@@ -181,13 +182,13 @@ def _extended(x: Tensor, extra: Any) -> Tensor:
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Both masks as numbers to add to the logits ``[N, heads, L, S]``; keys beyond a mask (bias_k, zero) are seen by all."""
     rows, heads, length, keys = *q.shape[:3], k.shape[2]
-    other = F._none_or_dtype(attn_mask)  # type: ignore[no-untyped-call]
-    padding = F._canonical_mask(key_padding_mask, "key_padding_mask", other, "attn_mask", q.dtype)  # type: ignore[no-untyped-call]
-    mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)  # type: ignore[no-untyped-call]
+    other = F._none_or_dtype(attn_mask)
+    padding = F._canonical_mask(key_padding_mask, "key_padding_mask", other, "attn_mask", q.dtype)
+    mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
     if mask is not None:
         mask = mask.view(rows, heads, length, -1) if mask.dim() == 3 else mask
         mask = F.pad(mask, (0, keys - mask.shape[-1]))
     if padding is None:
-        return mask  # type: ignore[no-any-return]
+        return mask
     padding = F.pad(padding, (0, keys - padding.shape[-1])).view(rows, 1, 1, keys)
-    return padding if mask is None else mask + padding  # type: ignore[no-any-return]
+    return padding if mask is None else mask + padding

@@ -52,8 +52,8 @@ def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
     except BatchError:
         layout, name = weight.batch, weight.origin.name
     raise BatchError(
-        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own input has "
-        f"{layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
+        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own input "
+        f"has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
         f"need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
     )
 

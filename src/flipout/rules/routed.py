@@ -72,7 +72,9 @@ def _sides(term: Term, rows: Tensor, group: Tensor, dtype: torch.dtype) -> tuple
     return sides.get(1), sides.get(2)
 
 
-def grouped_mm(mat_a: Any, mat_b: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def grouped_mm(
+    mat_a: Any, mat_b: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """torch's grouped product of routed rows ``[T, in]`` with a stack of matrices ``[G, in, out]``."""
     operation = torch._grouped_mm
     if not isinstance(mat_b, PerturbedWeight) or isinstance(bias, PerturbedWeight) or offs is None:
