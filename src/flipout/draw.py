@@ -51,7 +51,7 @@ class Draw:
         self._last: tuple[list[Any], list[Tensor]] | None = None
 
     def _targets(self) -> list[Target]:
-        return [Target(site.name, site.mean, site.noise, site.axes) for site in self._sites]
+        return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self._sites]
 
     def _sample(self) -> list[Sample]:
         targets = self._targets()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flipout.errors import ArgumentError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
-from flipout.signs import draw_bits, draw_signs, pack
+from flipout.signs import draw_bits, draw_signs
 from flipout.weight import Factor
 
 __all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Sample", "Shared", "Target"]
@@ -30,13 +30,14 @@ class Target:
     """What is drawn for: a parameter's mean weight, its noise, and the axes along which signs may vary.
 
     ``axes`` are the output and input axes of a matrix or a convolution, the feature axis of an embedding, the only axis of a
-    vector; a sign is never drawn along the taps of a kernel.
+    vector; a sign is never drawn along the taps of a kernel. ``matrix`` names the target whose output signs a bias shares.
     """
 
     name: str
     mean: Tensor
     noise: Noise
     axes: tuple[int, ...]
+    matrix: str | None = None
 
     def signs(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Axes and sizes of each sign factor: one an axis, or one number for a scalar."""
@@ -63,16 +64,8 @@ class Sample:
         """The sample with the given members' draws replaced by the rows of ``fresh``."""
         index = torch.as_tensor(list(members), device=self.unit.device)
 
-        def put(old: Factor, new: Factor) -> Factor:
-            if old.values is None or new.values is None:
-                return old
-            values = new.values
-            if old.packed != new.packed:  # few fresh signs are drawn as numbers
-                values = pack(values) if old.packed else new.flat(old.values.dtype)
-            return replace(old, values=old.values.index_copy(0, index, values))
-
         factors = tuple(
-            tuple(put(o, n) for o, n in zip(olds, news, strict=True))
+            tuple(replace(o, values=o.put(index, n)) for o, n in zip(olds, news, strict=True))
             for olds, news in zip(self.factors, fresh.factors, strict=True)
         )
         unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
@@ -148,33 +141,48 @@ class Flipout(Estimator):
         self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
     ) -> list[Sample]:
         units = _units(targets, generator)
-        factors = iter(self._factors(targets, members, generator))
+        factors = self._factors(targets, members, generator)
         return [
-            Sample(unit, (tuple([next(factors) for _ in target.axes or (0,)]),), scaled=target.noise.fixed_scale is not None)
-            for unit, target in zip(units, targets, strict=True)
+            Sample(unit, (signs,), scaled=target.noise.fixed_scale is not None)
+            for unit, signs, target in zip(units, factors, targets, strict=True)
         ]
 
     def resample(
         self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
     ) -> list[Sample]:
-        factors = iter(self._factors(targets, len(members), generator))
-        fresh = [Sample(old.unit, tuple(tuple([next(factors) for _ in term]) for term in old.factors)) for old in samples]
-        return [old.with_members(members, new) for old, new in zip(samples, fresh, strict=True)]
+        index = torch.as_tensor(list(members), device=samples[0].unit.device)
+        put: dict[int, Tensor] = {}  # a bias goes on sharing the very signs of its matrix
+
+        def renewed(old: Factor, new: Factor) -> Factor:
+            if id(old.values) not in put:
+                put[id(old.values)] = old.put(index, new)
+            return replace(old, values=put[id(old.values)])
+
+        fresh = self._factors(targets, len(members), generator)
+        return [
+            replace(old, factors=(tuple(renewed(o, n) for o, n in zip(old.factors[0], new, strict=True)),))
+            for old, new in zip(samples, fresh, strict=True)
+        ]
 
     def _factors(
         self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Factor]:
-        """The sign factors of all targets in order, from one stream of random words."""
-        places = [place for target in targets for place in target.signs()]
+    ) -> list[tuple[Factor, ...]]:
+        """The sign factors of each target, from one stream of random words."""
+        own = [target.signs() if target.matrix is None else [] for target in targets]
+        counts = [math.prod(sizes) for places in own for _, sizes in places]
         if members is None:
-            return [Factor(None, axes, sizes) for axes, sizes in places]
-        counts = [math.prod(sizes) for _, sizes in places]
+            return [tuple([Factor(None, axes, sizes) for axes, sizes in target.signs()]) for target in targets]
         mean, packed = targets[0].mean, members * sum(counts) > _FEW_SIGNS
         if packed:
-            values = draw_bits(members, counts, generator=generator, device=mean.device)
+            values = iter(draw_bits(members, counts, generator=generator, device=mean.device))
         else:
-            values = draw_signs(members, counts, generator=generator, device=mean.device, dtype=mean.dtype)
-        return [Factor(v, axes, sizes, packed) for (axes, sizes), v in zip(places, values, strict=True)]
+            values = iter(draw_signs(members, counts, generator=generator, device=mean.device, dtype=mean.dtype))
+        drawn = [tuple([Factor(next(values), axes, sizes, packed) for axes, sizes in places]) for places in own]
+        rows = {target.name: factors[0] for target, factors in zip(targets, drawn, strict=True) if factors}
+        return [
+            factors if target.matrix is None else (rows[target.matrix],)
+            for target, factors in zip(targets, drawn, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,8 @@ class LocalReparameterization(Estimator):
 
     Kingma et al. 2015; the paper's Eq. 2. Exact and lower in variance than any weight sample, for Gaussian noise and weights
     that each example uses once. It refuses what shares a weight within an example (convolutions, sequences, a layer called
-    twice), where independent pre-activations would be biased. Vectors (biases, gains) get an independent draw per example.
+    twice), where independent pre-activations would be biased. Vectors (biases, gains) and positions [1, L, d] get an independent
+    draw per example.
     """
 
     has_members = False
@@ -230,10 +239,14 @@ class LocalReparameterization(Estimator):
     ) -> list[Sample]:
         return [
             _independent(target, members or 0, generator)
-            if target.mean.dim() < 2
-            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device))
+            if target.mean.dim() < 2 or (target.mean.dim() > 2 and target.mean.shape[0] == 1)  # vectors, positions [1, L, d]
+            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device), ((_UNDRAWN,),))
             for target in targets
         ]
+
+
+#: Marks a term whose base is the scale of a noise that the operation draws on its result; it has no weights to list.
+_UNDRAWN = Factor(None, (), ())
 
 
 @dataclass(frozen=True)

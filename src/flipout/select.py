@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,12 +25,15 @@ class Site:
         noise: the law of its perturbation.
         axes: the axes along which signs vary.
         slots: every place that holds it, as (owning module, attribute); more than one for a tied parameter.
+        matrix: for the bias of a selected matrix or kernel, that one's name: both are perturbed along one output axis and
+            share its signs.
     """
 
     name: str
     noise: Noise
     axes: tuple[int, ...]
     slots: tuple[tuple[nn.Module, str], ...]
+    matrix: str | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -79,7 +82,26 @@ def select(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
             f"the {len(names)} parameters of {type(module).__name__}"
         )
-    return sites
+    return _with_matrices(sites)
+
+
+def _with_matrices(sites: list[Site]) -> list[Site]:
+    """The sites, each bias with the name of its matrix.
+
+    Perturbations ΔW ∘ (r sᵀ) and Δb ∘ r with one r are as independent as with two: ΔW and Δb are independent and symmetric.
+    Sharing r saves the bias its own signs, and lets it enter the perturbed product.
+    """
+    by_slot = {slot: site for site in sites for slot in site.slots}
+
+    def matrix_of(site: Site) -> str | None:
+        owner, attribute = site.slots[0]
+        other = by_slot.get((owner, attribute.replace("bias", "weight")))
+        if other is None or site.axes != (0,) or 0 not in other.axes or len(other.axes) < 2:
+            return None
+        transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd)  # its kernel has the inputs on axis 0
+        return None if transposed or other.mean.shape[0] != site.mean.shape[0] else other.name
+
+    return [replace(site, matrix=matrix_of(site)) for site in sites]
 
 
 def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:

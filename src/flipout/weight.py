@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError
+from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
 from flipout.registry import find_rule
-from flipout.signs import draw_bits, unpack
+from flipout.signs import draw_bits, pack, unpack
 
 __all__ = ["Factor", "Layout", "PerturbedWeight", "Term"]
 
@@ -72,6 +72,15 @@ class Factor:
         for i in order:
             shape[1 + self.axes[i]] = self.sizes[i]
         return values.reshape(shape)
+
+    def put(self, index: Tensor, fresh: Factor) -> Tensor:
+        """The values with the rows ``index`` replaced by those of ``fresh``."""
+        if self.values is None or fresh.values is None:
+            raise DrawError("signs drawn per token belong to no member")
+        values = fresh.values
+        if self.packed != fresh.packed:  # few fresh signs are drawn as numbers
+            values = pack(values) if self.packed else fresh.flat(self.values.dtype)
+        return self.values.index_copy(0, index, values)
 
     def members(self, index: Tensor | slice) -> Factor:
         """The factor of some members only."""
@@ -221,10 +230,24 @@ class PerturbedWeight(torch.Tensor):
         """The weights of all members, ``[N, *shape]``; costs N times the weight's memory."""
         if self.batch.members is None:
             raise DrawError(f"{self.origin.name} draws its signs per token, so it has no weights to list")
+        self.require_drawn("an operation on its entries")
         weights = self.mean_weight.unsqueeze(0)
         for term in self.terms:
             weights = weights + term.dense(self.mean_weight.dim())
         return weights.expand(self.batch.members, *self.mean_weight.shape)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the members have weights; not where an estimator draws the noise of a result in place of a weight's."""
+        return self.batch.members is None or all(f.values is not None for term in self.terms for f in term.factors)
+
+    def require_drawn(self, what: str) -> None:
+        """Raises UnsupportedNoiseError if ``what`` needs weights that the estimator does not draw."""
+        if not self.drawn:
+            raise UnsupportedNoiseError(
+                f"{self.origin.estimator} met {self.origin.name!r} {tuple(self.mean_weight.shape)} in {what}: it draws the noise of a "
+                "linear map's result and no weights, so it serves linear maps alone; use Flipout(), or exclude the parameter"
+            )
 
     def member(self, n: int) -> Tensor:
         """The weight of member ``n``, of the mean's shape."""

@@ -67,10 +67,9 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if some.batch.members is None:
         flat, drawn = _token_rows(input, weight, bias)
-        return linear(flat, *drawn).view(*input.shape[:-1], -1)
+        return linear(flat, *drawn).view(*input.shape[:-1], weight.shape[0])
     if not isinstance(weight, PerturbedWeight):
-        plain: Tensor = add(F.linear(input, weight), bias)
-        return plain
+        return _add_bias(F.linear(input, weight), bias)
     if input.dim() == 2 and input.shape[0] == weight.batch.members:
         x, shape = input, None
     else:
@@ -78,7 +77,8 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         shape = (*input.shape[:-1], weight.mean_weight.shape[0])
     fused = _fused(x, weight, bias)
     if fused is not None:
-        return fused if shape is None else fused.view(shape)
+        y, bias = fused
+        return _add_bias(y if shape is None else y.view(shape), bias)
     if shape is None:
         x, shape = x.unsqueeze(1).unsqueeze(0), (input.shape[0], weight.mean_weight.shape[0])
     x, mean = autocast(x, weight.mean_weight)  # type: ignore[assignment]
@@ -94,34 +94,24 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     return _add_bias(y.view(shape), bias)
 
 
-def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> Tensor | None:
-    """The hand-written pair of products, where weight and bias still are flipout's own; else None."""
+def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> tuple[Tensor, Any] | None:
+    """The hand-written pair of products and the bias still to add; None where the weight no longer is flipout's own."""
     signs = _signs(weight.terms[0]) if len(weight.terms) == 1 else None
-    parts = _bias_parts(bias, weight) if signs is not None else None
-    if signs is None or parts is None:
+    if signs is None:
         return None
-    b, c, bias_factor = parts
-    x, mean, base, b, c = autocast(x, weight.mean_weight, weight.terms[0].base, b, c)  # type: ignore[assignment]
-    s, r = (factor.compact(x.dtype) for factor in signs)
-    bias_signs = None if bias_factor is None else bias_factor.compact(x.dtype)
-    return signed_linear(x, mean, base, s, r, b, c, bias_signs)
+    s, r = signs
+    b, db, left = None, None, bias
+    if not isinstance(bias, PerturbedWeight):
+        b, left = bias, None
+    elif len(bias.terms) == 1 and len(bias.terms[0].factors) == 1 and bias.terms[0].factors[0].values is r.values:
+        b, db, left = bias.mean_weight, bias.terms[0].base, None
+    x, mean, base, b, db = autocast(x, weight.mean_weight, weight.terms[0].base, b, db)  # type: ignore[assignment]
+    return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db), left
 
 
 def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor:
     dense = term.dense(weight.mean_weight.dim()).to(dtype)
     return dense.expand(dense.shape[0], *weight.mean_weight.shape)
-
-
-def _bias_parts(bias: Any, weight: PerturbedWeight) -> tuple[Tensor | None, Tensor | None, Factor | None] | None:
-    """Mean, base and bits of a bias that the fused product can add; None if it cannot."""
-    if not isinstance(bias, PerturbedWeight):
-        return bias, None, None
-    if len(bias.terms) != 1 or bias.terms[0].per_member or bias.batch is not weight.batch and bias.batch != weight.batch:
-        return None
-    factors = bias.terms[0].factors
-    if len(factors) != 1 or factors[0].axes != (0,):
-        return None
-    return bias.mean_weight, bias.terms[0].base, factors[0]
 
 
 def _add_bias(y: Tensor, bias: Any) -> Tensor:
@@ -136,8 +126,7 @@ def _add_bias(y: Tensor, bias: Any) -> Tensor:
 def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
     if not isinstance(weight, PerturbedWeight):
-        plain: Tensor = add(F.linear(input, weight), bias)
-        return plain
+        return _add_bias(F.linear(input, weight), bias)
     x, input = _blocks(input, weight, "linear")
     x, matrices = autocast(x, weight.dense())  # type: ignore[assignment]
     y = torch.matmul(x, matrices.mT)
@@ -148,9 +137,15 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
     if not isinstance(weight, PerturbedWeight):
-        plain: Tensor = add(F.linear(input, weight), bias)
-        return plain
+        return _add_bias(F.linear(input, weight), bias)
+    if weight.drawn:  # made of vectors, of which every member has its own
+        return linear_dense(input, weight, bias)
     origin, layout = weight.origin, weight.batch
+    if len(weight.terms) != 1:
+        raise UnsupportedNoiseError(
+            f"LocalReparameterization met {origin.name!r} joined with another perturbed weight before a linear map: it does not "
+            "know the law of the result; use Flipout(), or exclude one of them"
+        )
     if input.dim() != 2 or input.shape[0] != layout.members:
         raise UnsupportedNoiseError(
             f"LocalReparameterization met {origin.name!r} in a linear map of an input of shape {tuple(input.shape)} for "
@@ -267,7 +262,12 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
         product = product * alpha
     scaled = input * beta if beta != 1 else input
     if isinstance(scaled, PerturbedWeight) and isinstance(mat1, PerturbedWeight):
-        return add(product.t(), scaled).t()  # type: ignore[no-any-return]
+        if scaled.dim() == 1 != scaled.shape[0]:
+            raise BatchError(
+                f"addmm of the perturbed matrix {mat1.origin.name!r} with the vector {scaled.origin.name!r} {tuple(scaled.shape)} would "
+                "align the vector with the rows of the batch; make it a column [out, 1], or exclude it"
+            )
+        return _add_bias(product.t(), scaled.t()).t()
     return _add_bias(product, scaled)
 
 
@@ -277,40 +277,38 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 @rule(F.bilinear, Estimator)
 def bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = x1_nᵀ W_n x2_n: a linear map of the outer product of the inputs, with the weight [out, in1, in2] read as a matrix."""
+    if not isinstance(weight, PerturbedWeight):
+        return _add_bias(F.bilinear(input1, input2, weight), bias)
+    if weight.drawn:
+        return _bilinear_drawn(input1, input2, weight, bias)
     outer = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
-    if isinstance(weight, PerturbedWeight) and not weight.terms[0].per_member and not isinstance(
-        weight.origin.estimator, LocalReparameterization
-    ):
-        return _bilinear_signed(input1, input2, weight, bias)
-    matrix = reshape(weight, (weight.shape[0], -1)) if isinstance(weight, PerturbedWeight) else weight.flatten(1)
-    y: Tensor = F.linear(outer, matrix, bias)
+    y: Tensor = F.linear(outer, reshape(weight, (weight.shape[0], outer.shape[-1])), bias)
     return y
 
 
-def _bilinear_signed(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bias: Any) -> Tensor:
+def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bias: Any) -> Tensor:
     """Each factor moves to the operand whose axis it varies along: two bilinear forms for flipout."""
-    token = weight.batch.members is None
-    if token:
+    if weight.batch.members is None:
         lead = input1.shape[:-1]
-        return _bilinear_signed(
+        return _bilinear_drawn(
             input1.reshape(-1, input1.shape[-1]),
             input2.reshape(-1, input2.shape[-1]),
             weight.for_tokens(lead.numel()),
             bias.for_tokens(lead.numel()) if isinstance(bias, PerturbedWeight) else bias,
-        ).view(*lead, -1)
+        ).view(*lead, weight.shape[0])
     x1, input1 = _blocks(input1, weight, "bilinear")
     x2, _ = _blocks(input2, weight, "bilinear")
     y = F.bilinear(x1, x2, weight.mean_weight)
     for term in weight.terms:
         sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]
-        if any(len(f.axes) > 1 for f in term.factors):
+        if term.per_member or any(len(f.axes) > 1 for f in term.factors):
             dense = term.dense(3).expand(-1, *weight.mean_weight.shape)
             y = y + torch.einsum("anti,noij,antj->anto", x1, dense, x2)
             continue
         r, s, q = (side.unsqueeze(1) if side is not None else None for side in sides)
         z = F.bilinear(x1 if s is None else x1 * s, x2 if q is None else x2 * q, term.base.expand(weight.mean_weight.shape))
         y = y + (z if r is None else z * r)
-    return _add_bias(y.view(*input1.shape[:-1], -1), bias)
+    return _add_bias(y.view(*input1.shape[:-1], weight.shape[0]), bias)
 
 
 def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:

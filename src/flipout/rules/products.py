@@ -1,6 +1,6 @@
 """The pair of products behind a linear layer, with a backward written for it.
 
-    Y = X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ)          Wen et al. 2018, Eq. 4
+    Y = X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ + Δb)          Wen et al. 2018, Eq. 4
 
 Six products forward and backward against a plain layer's three; five where nothing needs the gradient of ΔW. Between forward and
 backward only the operands and the packed sign bits are kept: signs are unpacked again, never stored as numbers.
@@ -28,9 +28,8 @@ def signed_linear(
     r: Tensor,
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
-    c: Tensor | None = None,
 ) -> Tensor:
-    """X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ) + C ∘ Δb.
+    """X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ + Δb).
 
     Args:
         x: ``[N, in]``, or ``[A, N, T, in]`` where every row of the A and T axes sees its member's weights.
@@ -39,13 +38,12 @@ def signed_linear(
         s: signs of the inputs, packed ``[N, ceil(in / 8)]`` or as numbers ``[N, in]``; kept for backward as they come.
         r: signs of the outputs, packed or as numbers ``[N, out]``.
         bias: mean bias ``[out]`` or None.
-        bias_base: Δb ``[out]`` or None.
-        c: signs of the bias, as ``r``, or None.
+        bias_base: Δb ``[out]``, perturbed under the signs of the outputs, or None.
 
     Returns:
         ``[N, out]`` or ``[A, N, T, out]``.
     """
-    operands = (x, mean, base, s, r, bias, bias_base, c)
+    operands = (x, mean, base, s, r, bias, bias_base)
     if composed(x, mean, base, bias, bias_base):
         return _forward(*operands)
     result: Tensor = _SignedLinear.apply(*operands)  # type: ignore[no-untyped-call]
@@ -68,53 +66,44 @@ def _times(signs: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor,
-    mean: Tensor,
-    base: Tensor,
-    s: Tensor,
-    r: Tensor,
-    bias: Tensor | None,
-    bias_base: Tensor | None,
-    c: Tensor | None,
+    x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None
 ) -> Tensor:
     y = F.linear(x, mean, bias)
-    z = F.linear(_times(s, x), base)
-    if transformed():
-        y = y + _signs(r, z) * z
-        return y if bias_base is None or c is None else y + _signs(c, y) * bias_base
-    y.addcmul_(z, _signs(r, z))
-    if bias_base is not None and c is not None:
-        y.addcmul_(_signs(c, y), bias_base)
-    return y
+    z = F.linear(_times(s, x), base, bias_base)
+    return y + _signs(r, z) * z if transformed() else y.addcmul_(z, _signs(r, z))
 
 
 class _SignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        ctx.save_for_backward(*operands)
+        ctx.save_for_backward(*operands[:5])
         return _forward(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, base, s, r, bias, bias_base, c = ctx.saved_tensors
-        needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
+        x, mean, base, s, r = ctx.saved_tensors
+        needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base = ctx.needs_input_grad
         out, width = mean.shape
         g = grad.reshape(-1, out)
-        gx = gw = gd = gb = gc = None
-        if needs_x or needs_base:
+        gx = gw = gd = gb = gc = signs = None
+        if needs_x or needs_base or needs_bias_base:
             rg = _times(r, grad).reshape(-1, out)
+        if needs_x or needs_base:
+            signs = _signs(s, x)
         if needs_x:
             gx = torch.mm(g, mean).view(x.shape)
-            gx.addcmul_(torch.mm(rg, base).view(x.shape), _signs(s, x))
+            gx.addcmul_(torch.mm(rg, base).view(x.shape), signs)
         if needs_mean:
             gw = torch.mm(g.t(), x.reshape(-1, width))
         if needs_base:
-            gd = torch.mm(rg.t(), _times(s, x).reshape(-1, width))
+            fresh = s.dtype == torch.uint8 and x.dim() == 2 and not torch.is_grad_enabled()
+            signed = signs.mul_(x) if fresh else signs * x
+            gd = torch.mm(rg.t(), signed.reshape(-1, width))
         if needs_bias:
             gb = g.sum(0)
         if needs_bias_base:
-            gc = _times(c, grad).reshape(-1, out).sum(0)
-        return gx, gw, gd, None, None, gb, gc, None
+            gc = rg.sum(0)
+        return gx, gw, gd, None, None, gb, gc
 
 
 def factored_product(x: Tensor, base: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
