@@ -221,13 +221,11 @@ def _only(mean: Tensor, terms: Sequence[Term]) -> Tensor:
 def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     """Σ_n f[n] (B ∘ Π factors[n])."""
     if term.per_member:
-        return torch.tensordot(f, term.base.expand(f.shape[0], *mean.shape), 1)
+        return torch.einsum("n,n...->...", f, term.base.expand(f.shape[0], *mean.shape))
     operands: list[Any] = [f, [0]]
     axes = sorted(axis for factor in term.factors for axis in factor.axes)
     for factor in term.factors:
         operands += [factor.flat(mean.dtype).view(-1, *factor.sizes), [0, *(1 + axis for axis in factor.axes)]]
-    total = torch.einsum(*operands, [1 + axis for axis in axes])  # type: ignore[arg-type]
+    total = torch.einsum(*operands, [1 + axis for axis in axes])
     shape = [mean.shape[axis] if axis in axes else 1 for axis in range(mean.dim())]
     return (term.base * total.reshape(shape)).expand(mean.shape)
-
-

@@ -81,13 +81,11 @@ class Estimator(ABC):
     #: Whether signs are drawn afresh for each token, at each use of a weight.
     per_token = False
 
-    def check(self, noise: Noise, name: str) -> None:
+    def check(self, noise: Noise, name: str) -> None:  # noqa: B027  (most serve every noise)
         """Raises UnsupportedNoiseError if the estimator would be biased or undefined under ``noise``."""
 
     @abstractmethod
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         """Draws one sample for each target, for ``members`` members (None: signs come later, per token)."""
 
     def resample(
@@ -137,9 +135,7 @@ class Flipout(Estimator):
                 f"{name!r} is not; use Independent() or Shared(), or a symmetric noise such as DropConnect(0.5)"
             )
 
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         units = _units(targets, generator)
         factors = self._factors(targets, members, generator)
         return [
@@ -180,8 +176,7 @@ class Flipout(Estimator):
         drawn = [tuple([Factor(next(values), axes, sizes, packed) for axes, sizes in places]) for places in own]
         rows = {target.name: factors[0] for target, factors in zip(targets, drawn, strict=True) if factors}
         return [
-            factors if target.matrix is None else (rows[target.matrix],)
-            for target, factors in zip(targets, drawn, strict=True)
+            factors if target.matrix is None else (rows[target.matrix],) for target, factors in zip(targets, drawn, strict=True)
         ]
 
 
@@ -189,9 +184,7 @@ class Flipout(Estimator):
 class Shared(Estimator):
     """One perturbation for the whole batch: the usual cheap scheme, whose gradient variance stops falling with N."""
 
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         units = _units(targets, generator)
         return [Sample(u, scaled=t.noise.fixed_scale is not None) for u, t in zip(units, targets, strict=True)]
 
@@ -207,9 +200,7 @@ class Shared(Estimator):
 class Independent(Estimator):
     """An independent, dense perturbation for every member: exact, the oracle, and N times the weights' memory."""
 
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         return [_independent(target, members or 0, generator) for target in targets]
 
 
@@ -234,9 +225,7 @@ class LocalReparameterization(Estimator):
                 "use Flipout(), or Gaussian noise"
             )
 
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         return [
             _independent(target, members or 0, generator)
             if target.mean.dim() < 2 or (target.mean.dim() > 2 and target.mean.shape[0] == 1)  # vectors, positions [1, L, d]
@@ -279,9 +268,7 @@ class LowRank(Estimator):
                 f"{noise}"
             )
 
-    def sample(
-        self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None
-    ) -> list[Sample]:
+    def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
         return [self._sample_one(target, members or 0, generator) for target in targets]
 
     def _sample_one(self, target: Target, members: int, generator: torch.Generator | None) -> Sample:
@@ -291,9 +278,7 @@ class LowRank(Estimator):
         rows, columns = mean.shape[0], mean.shape[1:]
         sizes = (rows, columns.numel())
         a, b = (
-            target.noise.unit(
-                torch.Size([self.rank, members, size]), generator=generator, dtype=mean.dtype, device=mean.device
-            )
+            target.noise.unit(torch.Size([self.rank, members, size]), generator=generator, dtype=mean.dtype, device=mean.device)
             for size in sizes
         )
         factors = tuple(

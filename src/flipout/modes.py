@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,10 @@ def composed(*tensors: Tensor | None) -> bool:
     """
     if not torch.is_grad_enabled() or transformed():
         return True
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return False
-    return True
+    return all(tensor is None or not tensor.requires_grad for tensor in tensors)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on, as the matrix products of torch would take them."""
     kind = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(kind):

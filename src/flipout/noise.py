@@ -76,9 +76,7 @@ class Noise(ABC):
         """The one number that scales ε, where it is neither learnable nor a tensor: draws may carry it from the start."""
         return float(self.std) if self.standardized and not self.learnable and not isinstance(self.std, Tensor) else None
 
-    def perturbation(
-        self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None, *, scaled: bool = False
-    ) -> Tensor:
+    def perturbation(self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """ΔW from a unit draw, differentiable in ``mean`` (relative noise) and ``log_std`` (learnable noise).
 
         Args:
@@ -150,9 +148,7 @@ class Gaussian(Noise):
 
     std: float | Tensor
 
-    def unit(
-        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:
@@ -179,9 +175,7 @@ class Rademacher(Noise):
     def discrete(self) -> bool:
         return True
 
-    def unit(
-        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         count = shape.numel()
         (bits,) = draw_bits(1, [count], generator=generator, device=device)
         return unpack(bits, count, dtype).reshape(shape)
@@ -236,9 +230,7 @@ class DropConnect(Noise):
     def discrete(self) -> bool:
         return True
 
-    def unit(
-        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.symmetric:
             return Rademacher(1.0).unit(shape, generator=generator, dtype=dtype, device=device)
         kept = torch.rand(shape, generator=generator, device=device) >= self.p
@@ -291,9 +283,7 @@ class FromDistribution(Noise):
     def discrete(self) -> bool:
         return bool(self.dist.support.is_discrete)  # type: ignore[union-attr]
 
-    def unit(
-        self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         law = self.dist.expand(shape)
         drawn = _inverse_draw(law, generator, dtype, device)
         if drawn is None:
@@ -301,7 +291,7 @@ class FromDistribution(Noise):
         return drawn.detach().to(dtype=dtype, device=device)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:
-        inside = self.dist.support.check(unit)
+        inside = self.dist.support.check(unit)  # type: ignore[union-attr]
         safe = torch.where(inside, unit, torch.zeros_like(unit))
         return torch.where(inside, self.dist.log_prob(safe), -math.inf)
 
@@ -342,9 +332,7 @@ def _is_even(dist: Distribution) -> bool:
     return torch.allclose(dist.log_prob(drawn), dist.log_prob(-drawn), rtol=1e-4, atol=1e-4)
 
 
-def _inverse_draw(
-    law: Distribution, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
+def _inverse_draw(law: Distribution, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     if law.support.is_discrete:  # type: ignore[union-attr]
         return None
     wide = dtype if dtype == torch.float64 else torch.float32
@@ -356,9 +344,7 @@ def _inverse_draw(
         return None
 
 
-def _seeded_sample(
-    law: Distribution, generator: torch.Generator | None, device: torch.device, seed: int | None = None
-) -> Tensor:
+def _seeded_sample(law: Distribution, generator: torch.Generator | None, device: torch.device, seed: int | None = None) -> Tensor:
     if seed is None:
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -377,7 +363,7 @@ class _ScaleByExp(torch.autograd.Function):
         return scaled
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (scaled,) = ctx.saved_tensors
         return None, (grad * scaled).sum_to_size(ctx.shape)
 
@@ -387,4 +373,3 @@ def _scale_by_exp(unit: Tensor, log_std: Tensor) -> Tensor:
         return unit * log_std.exp()
     scaled: Tensor = _ScaleByExp.apply(unit, log_std)  # type: ignore[no-untyped-call]
     return scaled
-

@@ -71,12 +71,12 @@ def select(
         own = [name for name, _, _ in found]
         if not _any_match(own, included) or _any_match(own, excluded):
             continue
-        law = next((law for pattern, law in laws.items() if _any_match(own, [pattern])), None)
-        if law is None:
+        chosen = next((law for pattern, law in laws.items() if _any_match(own, [pattern])), None)
+        if chosen is None:
             continue
         slots = tuple((owner, attribute) for _, owner, attribute in found)
         _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
-        sites.append(Site(own[0], law, _sign_axes(slots), slots))
+        sites.append(Site(own[0], chosen, _sign_axes(slots), slots))
     if not sites:
         raise ArgumentError(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
@@ -138,7 +138,7 @@ def _require_match(pattern: str, names: list[str], kind: str) -> None:
 
 
 def _require_real(name: str, parameter: Tensor | None) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ArgumentError(f"parameter {name!r} is not initialised yet; run the module once on a batch before wrapping it")
     if parameter is None or not parameter.is_floating_point():
         dtype = None if parameter is None else parameter.dtype

@@ -22,9 +22,7 @@ def packed_size(size: int) -> int:
     return (size + 7) // 8
 
 
-def draw_bits(
-    rows: int, sizes: Sequence[int], *, generator: torch.Generator | None, device: torch.device
-) -> list[Tensor]:
+def draw_bits(rows: int, sizes: Sequence[int], *, generator: torch.Generator | None, device: torch.device) -> list[Tensor]:
     """Draws ``rows`` x ``size`` independent fair bits for each of ``sizes``, from one stream of random words.
 
     Returns:

@@ -148,7 +148,9 @@ class Layout:
         members, rows, dim = self.members, self.rows, self.dim
         free = x.dim() - features
         if members is None:
-            raise BatchError(f'{what} has no weights per token; granularity="token" serves linear, embedding and pointwise operations')
+            raise BatchError(
+                f'{what} has no weights per token; granularity="token" serves linear, embedding and pointwise operations'
+            )
         if dim < free:
             size = x.shape[dim]
             if size == rows or (rows is None and size % members == 0):
@@ -202,7 +204,7 @@ class PerturbedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, mean: Tensor, terms: tuple[Term, ...], layout: Layout, origin: Origin) -> PerturbedWeight:
-        carrier: PerturbedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        carrier: PerturbedWeight = torch.Tensor._make_wrapper_subclass(
             cls,
             mean.shape,
             strides=mean.stride(),
@@ -271,7 +273,7 @@ class PerturbedWeight(torch.Tensor):
             terms.append(Term(term.base, tuple(factors)))
         return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"PerturbedWeight({self.origin.name!r}, shape={tuple(self.mean_weight.shape)}, members={self.batch.members}, "
             f"estimator={self.origin.estimator})"
@@ -291,9 +293,7 @@ class PerturbedWeight(torch.Tensor):
         return list(leaves), (self.terms, self.batch, self.origin)
 
     @classmethod
-    def __tensor_unflatten__(
-        cls, inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
-    ) -> PerturbedWeight:
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> PerturbedWeight:
         terms, layout, origin = context
         rebuilt = tuple(
             Term(
@@ -306,9 +306,7 @@ class PerturbedWeight(torch.Tensor):
         return cls(inner["mean_weight"], rebuilt, layout, origin)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -322,9 +320,7 @@ class PerturbedWeight(torch.Tensor):
         return found(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         raise missing_rule(func, next(carriers_in((args, kwargs or {}))), args)
 
 
@@ -388,10 +384,7 @@ def loop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return type(value)(of_member(item, n) for item in value)
         return value
 
-    outputs = [
-        func(*(of_member(a, n) for a in args), **{k: of_member(v, n) for k, v in kwargs.items()})
-        for n in range(members)
-    ]
+    outputs = [func(*(of_member(a, n) for a in args), **{k: of_member(v, n) for k, v in kwargs.items()}) for n in range(members)]
     if not seen and members > 1:
         raise missing_rule(func, carrier, args, "none of its other arguments has the batch's rows to loop over")
     if not all(isinstance(output, Tensor) and output.dim() > dim for output in outputs):
@@ -402,9 +395,9 @@ def loop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _metadata() -> frozenset[Any]:
     properties = """shape dtype device requires_grad ndim is_leaf layout is_cuda is_cpu is_sparse is_sparse_csr is_quantized
         is_nested is_meta is_mkldnn is_mps is_xpu is_xla is_mtia is_ipu is_maia is_vulkan itemsize nbytes output_nr
-        _version _base names name retains_grad grad_fn""".split()
+        _version _base names name retains_grad grad_fn""".split()  # noqa: SIM905
     methods = """size dim stride numel nelement element_size is_contiguous is_floating_point is_complex is_signed
-        storage_offset __len__ get_device is_conj is_neg is_inference ndimension is_same_size""".split()
+        storage_offset __len__ get_device is_conj is_neg is_inference ndimension is_same_size""".split()  # noqa: SIM905
     reads = [getattr(torch.Tensor, name).__get__ for name in properties if hasattr(torch.Tensor, name)]
     reads += [getattr(torch.Tensor, name) for name in methods]
     return frozenset([*reads, torch.is_floating_point, torch.is_complex, torch.numel])

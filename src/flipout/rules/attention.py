@@ -60,7 +60,7 @@ def multi_head_attention(
     if use_separate_proj_weight:
         weights[0] = None
     everything = (*weights, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias)
-    batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[no-untyped-call]
+    batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[attr-defined]
     _require_rows(query, key, value, everything)
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise ValueError(
@@ -74,7 +74,7 @@ def multi_head_attention(
     q, k, v = _project(_swapped(query, key, value), projections, in_proj_bias)
     if bias_k is not None:
         k, v = _extended(k, bias_k), _extended(v, bias_v)
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, heads, L, d]
+    q, k, v = (t.view(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (q, k, v))  # [N, heads, L, d]
     k = k if static_k is None else static_k.view(*k.shape[:2], *static_k.shape[1:])
     v = v if static_v is None else static_v.view(*v.shape[:2], *static_v.shape[1:])
     if add_zero_attn:
@@ -128,7 +128,7 @@ def _require_rows(query: Tensor, key: Tensor, value: Tensor, weights: tuple[Any,
         raise BatchError(
             f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
-            f"batch_dim={layout.dim} for {layout.members} members; pass the batch_dim that counts the examples (1 where a module has "
+            f"batch_dim={layout.dim} for {layout.members} members; pass the batch_dim of the examples (1 where a module has "
             " batch_first=False), and give unbatched input a batch dimension"
         )
 

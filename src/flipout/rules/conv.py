@@ -8,7 +8,6 @@ kernel. With groups, the input signs of a kernel [out, in / groups, …] repeat 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,21 +102,23 @@ def convolve(x: Tensor, weight: Any, bias: Any, geometry: Geometry, what: str) -
     if isinstance(weight, PerturbedWeight):
         y = _perturbed_kernel(x, weight, plain_bias, geometry)
     else:
-        y = geometry(x, weight, plain_bias)
+        y = geometry(*autocast(x, weight, plain_bias))
     if isinstance(bias, PerturbedWeight):
-        y = y + per_row(bias, x.shape[0]).to(y.dtype).view(x.shape[0], -1, *[1] * geometry.rank)
+        y = y + per_row(bias, x.shape[0]).to(y.dtype).view(x.shape[0], bias.shape[0], *[1] * geometry.rank)
     return y
 
 
 def _perturbed_kernel(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    x, mean, bias = autocast(x, weight.mean_weight, bias)  # type: ignore[assignment]
+    x, mean, bias = autocast(x, weight.mean_weight, bias)
+    if not x.shape[0]:
+        return geometry(x, mean, bias)
     separable = [_channels(term) for term in weight.terms]
     if len(separable) == 1 and separable[0] is not None:
         (base,) = autocast(weight.terms[0].base.expand(mean.shape))
         r, s = (_per_channel(f, x, geometry) for f in separable[0])
         if geometry.transposed:  # the kernel is [in, out / groups, …]
             r, s = s, r
-        return _signed_convolution(x, mean, base, s, r, bias, geometry)  # type: ignore[arg-type]
+        return _signed_convolution(x, mean, base, s, r, bias, geometry)
     if any(sides is None for sides in separable) and not (
         isinstance(weight.origin.estimator, LowRank) and geometry.groups == 1 and not geometry.transposed
     ):
@@ -166,9 +167,7 @@ class _SignedConvolution(torch.autograd.Function):
     """Two convolutions forward and four backward; the signed input is formed again for backward, not kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, base: Tensor, s: Any, r: Any, bias: Tensor | None, geometry: Geometry
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mean: Tensor, base: Tensor, s: Any, r: Any, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, mean, base, s, r)
         ctx.geometry, ctx.bias_size = geometry, None if bias is None else list(bias.shape)
         y = geometry(x, mean, bias)
@@ -176,7 +175,7 @@ class _SignedConvolution(torch.autograd.Function):
         return y.add_(z) if r is None else y.addcmul_(z, r)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, _ = ctx.needs_input_grad
         gx = gw = gd = gb = None
@@ -215,8 +214,6 @@ def _dense(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, geometry: Ge
     """Every member's kernel in memory: exact for any perturbation."""
     kernels = autocast(weight.dense())[0]
     assert kernels is not None
-    if not kernels.shape[0]:
-        return geometry(x, weight.mean_weight, bias)
     y = _grouped(x, kernels.flatten(0, 1), kernels.shape[0], geometry)
     return y if bias is None else y + bias.view(-1, *[1] * geometry.rank)
 

@@ -31,17 +31,26 @@ def _refuse_local(weight: PerturbedWeight, indices: Tensor) -> None:
         )
 
 
-def lookup(indices: Tensor, weight: PerturbedWeight, read: Any) -> Tensor:
-    """``weight[indices]`` per member, with ``read(indices, table)`` the plain lookup; result ``[*indices.shape, dim]``."""
+def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int | None = None) -> Tensor:
+    """``weight[indices]`` per member, with ``read(indices, table)`` the plain lookup; result ``[*indices.shape, dim]``.
+
+    Entries at ``padding_idx`` get no gradient, as from ``read``.
+    """
     _refuse_local(weight, indices)
     if weight.batch.members is None:
         flat = indices.reshape(-1)
-        return lookup(flat, weight.for_tokens(flat.numel()), read).view(*indices.shape, *weight.mean_weight.shape[1:])
+        return lookup(flat, weight.for_tokens(flat.numel()), read, padding_idx).view(*indices.shape, *weight.mean_weight.shape[1:])
     indices, axis = _rows_of(indices, weight)
     rows = indices.shape[axis]
     y: Tensor = read(indices, weight.mean_weight)
+    if not rows:
+        return y
     for term in weight.terms:
-        y = y + _term(indices, axis, rows, term, weight, read)
+        value = _term(indices, axis, rows, term, weight, read)
+        if term.per_member and padding_idx is not None:
+            padded = indices == padding_idx % weight.mean_weight.shape[0]
+            value = torch.where(padded.unsqueeze(-1), value.detach(), value)
+        y = y + value
     return y
 
 
@@ -52,8 +61,8 @@ def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
     except BatchError:
         layout, name = weight.batch, weight.origin.name
     raise BatchError(
-        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own input "
-        f"has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
+        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own "
+        f"input has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
         f"need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
     )
 
@@ -87,7 +96,10 @@ def embedding(
 ) -> Tensor:
     if max_norm is not None:
         raise missing_rule(F.embedding, weight, (input, weight), "max_norm rewrites the table in place")
-    return lookup(input, weight, lambda i, table: F.embedding(i, table, padding_idx, None, norm_type, scale_grad_by_freq, sparse))
+    def read(indices: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(indices, table, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+
+    return lookup(input, weight, read, padding_idx)
 
 
 @rule(torch.Tensor.__getitem__, Estimator)
@@ -136,6 +148,8 @@ def embedding_bag(
         offsets = offsets[:-1] if include_last_offset else offsets
         flat, samples, bags = input, per_sample_weights, offsets.shape[0]
     members = layout.members
+    if not bags and layout.rows == 0:
+        return F.embedding_bag(flat, weight.mean_weight, offsets, mode=mode, per_sample_weights=samples)
     if not members or bags % members or (layout.rows is not None and bags != layout.rows):
         raise BatchError(
             f"embedding_bag met {weight.origin.name!r} with {bags} bags for {members} members and {layout.rows} rows of the "
@@ -146,15 +160,22 @@ def embedding_bag(
     member = bag // (bags // members)
     # every index becomes a row of its own, read under its bag's member
     by_index = PerturbedWeight(
-        weight.mean_weight, tuple(term.members(member) for term in weight.terms), Layout(flat.numel(), flat.numel(), 0), weight.origin
+        weight.mean_weight,
+        tuple(term.members(member) for term in weight.terms),
+        Layout(flat.numel(), flat.numel(), 0),
+        weight.origin,
     )
     y = lookup(flat, by_index, lambda i, table: F.embedding(i, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq))
-    kept = torch.ones_like(flat, dtype=y.dtype) if padding_idx is None else (flat != padding_idx % weight.mean_weight.shape[0]).to(y.dtype)
+    kept = (
+        torch.ones_like(flat, dtype=y.dtype)
+        if padding_idx is None
+        else (flat != padding_idx % weight.mean_weight.shape[0]).to(y.dtype)
+    )
     shape = (bags, y.shape[-1])
     if mode == "max":
         lowest = y.masked_fill((kept == 0).unsqueeze(-1), -torch.inf)
         result = torch.full(shape, -torch.inf, dtype=y.dtype, device=y.device)
-        result = result.index_reduce(0, bag, lowest, "amax", include_self=True)
+        result = result.scatter_reduce(0, bag.unsqueeze(-1).expand_as(y), lowest, "amax")
         return torch.where(result.isinf(), 0.0, result)
     scales = kept if samples is None else kept * samples
     total = torch.zeros(shape, dtype=y.dtype, device=y.device).index_add(0, bag, y * scales.unsqueeze(-1))

@@ -81,15 +81,15 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         return _add_bias(y if shape is None else y.view(shape), bias)
     if shape is None:
         x, shape = x.unsqueeze(1).unsqueeze(0), (input.shape[0], weight.mean_weight.shape[0])
-    x, mean = autocast(x, weight.mean_weight)  # type: ignore[assignment]
+    x, mean = autocast(x, weight.mean_weight)
     y = torch.matmul(x, mean.t())
     for term in weight.terms:
-        (base,) = autocast(term.base)  # type: ignore[assignment]
+        (base,) = autocast(term.base)
         sides = _split(term, x.dtype)
         if sides is None:
             y = y + torch.matmul(x, _matrices(term, weight, x.dtype).mT)
         else:
-            full = base if base.dim() or sides[0] is not None and sides[1] is not None else base.expand(weight.mean_weight.shape)
+            full = base if base.dim() or (sides[0] is not None and sides[1] is not None) else base.expand(weight.mean_weight.shape)
             y = y + factored_product(x, full, *sides)
     return _add_bias(y.view(shape), bias)
 
@@ -105,7 +105,7 @@ def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> tuple[Tensor, Any] 
         b, left = bias, None
     elif len(bias.terms) == 1 and len(bias.terms[0].factors) == 1 and bias.terms[0].factors[0].values is r.values:
         b, db, left = bias.mean_weight, bias.terms[0].base, None
-    x, mean, base, b, db = autocast(x, weight.mean_weight, weight.terms[0].base, b, db)  # type: ignore[assignment]
+    x, mean, base, b, db = autocast(x, weight.mean_weight, weight.terms[0].base, b, db)
     return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db), left
 
 
@@ -119,7 +119,8 @@ def _add_bias(y: Tensor, bias: Any) -> Tensor:
         return y
     if isinstance(bias, PerturbedWeight):
         return add(y, bias).to(y.dtype)  # type: ignore[no-any-return]
-    return y + bias.to(y.dtype)
+    total: Tensor = y + bias.to(y.dtype)
+    return total
 
 
 @rule(F.linear, Independent)
@@ -128,7 +129,7 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if not isinstance(weight, PerturbedWeight):
         return _add_bias(F.linear(input, weight), bias)
     x, input = _blocks(input, weight, "linear")
-    x, matrices = autocast(x, weight.dense())  # type: ignore[assignment]
+    x, matrices = autocast(x, weight.dense())
     y = torch.matmul(x, matrices.mT)
     return _add_bias(y.view(*input.shape[:-1], matrices.shape[1]), bias)
 
@@ -158,7 +159,7 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
             "pre-activations are not independent; use Flipout() for tied or repeated layers"
         )
     origin.uses.append("linear")
-    x, mean, scale = autocast(input, weight.mean_weight, weight.terms[0].base)  # type: ignore[assignment]
+    x, mean, scale = autocast(input, weight.mean_weight, weight.terms[0].base)
     variance = F.linear(x.square(), scale.expand(mean.shape).square())
     noise = torch.empty_like(variance).normal_(generator=origin.generator)
     # the square root has no slope at zero: a row of zeros has no noise and no gradient
@@ -198,14 +199,14 @@ def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
         raise BatchError(
             f"a product of an input of shape {tuple(x.shape)} with the stack of matrices {weight.origin.name!r} "
             f"{tuple(weight.mean_weight.shape)} cannot tell the examples apart: the batch dimension must stand before the stack's own "
-            'axes. Where rows are routed among examples (a mixture of experts), exclude the parameter'
+            "axes. Where rows are routed among examples (a mixture of experts), exclude the parameter"
         )
     weights = weight.dense()
     rows = x.shape[axis]
     if weights.shape[0] != rows:
         weights = weights.repeat_interleave(rows // weights.shape[0], 0)
     middle = [1] * (x.dim() - axis - 1 - ndim)
-    x, weights = autocast(x, weights)  # type: ignore[assignment]
+    x, weights = autocast(x, weights)
     return torch.matmul(x, weights.view(rows, *middle, *weights.shape[1:]))
 
 

@@ -43,9 +43,7 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)
-def layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Tensor:
+def layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
     return _affine_last(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
 
 
@@ -55,9 +53,7 @@ def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: floa
 
 
 @rule((F.group_norm, torch.group_norm), Estimator)
-def group_norm(
-    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Tensor:
+def group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
     return _affine_channels(F.group_norm(input, num_groups, None, None, eps), weight, bias)
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
+from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.weight import Layout, PerturbedWeight, Term, missing_rule, operation_name
+from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name
 
 __all__ = ["per_row", "spread"]
 
@@ -78,13 +79,19 @@ def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Tensor:
     if isinstance(x, PerturbedWeight):
         if a.batch.members is None:
             raise missing_rule(operation, a, (a, b), "two weights drawn per token have no product")
-        result: Tensor = operation(a.dense(), b.dense(), **kwargs)
+        ndim = max(a.mean_weight.dim(), b.mean_weight.dim())
+        result: Tensor = operation(*(_lifted(w.dense(), ndim) for w in (a, b)), **kwargs)
         zero = torch.zeros_like(result[0]) if len(result) else torch.zeros_like(operation(a.mean_weight, b.mean_weight))
         return a.replace(zero, [Term(result, per_member=True)])
     x, values = spread(weight, x, operation_name(operation))
     first, second = (values, x) if weight is a else (x, values)
     aligned: Tensor = operation(first, second, **kwargs)
     return aligned
+
+
+def _lifted(weights: Tensor, ndim: int) -> Tensor:
+    """``[N, *shape]`` as ``[N, 1, …, *shape]`` with ``ndim`` axes after the members'."""
+    return weights.reshape(weights.shape[0], *[1] * (ndim + 1 - weights.dim()), *weights.shape[1:])
 
 
 _REFLECTED = {
@@ -170,7 +177,17 @@ def _exact(operation: Any) -> None:
 for _operation in (torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.relu, torch.abs, torch.square, torch.sqrt, torch.rsqrt):
     _exact(_operation)
     _exact(getattr(torch.Tensor, _operation.__name__))
-for _operation in (F.softplus, F.relu, F.silu, F.gelu, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.reciprocal, torch.clamp):
+for _operation in (
+    F.softplus,
+    F.relu,
+    F.silu,
+    F.gelu,
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    torch.reciprocal,
+    torch.clamp,
+):
     _exact(_operation)
 
 
@@ -178,12 +195,11 @@ for _operation in (F.softplus, F.relu, F.silu, F.gelu, torch.pow, torch.Tensor.p
 def prelu(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
     x, axis = weight.batch.locate(x, max(x.dim() - 1, 0), "prelu")
-    slopes = per_row(weight, x.shape[axis])
+    (x,) = autocast(x)
+    slopes = per_row(weight, x.shape[axis]).to(x.dtype)
     channels = slopes.shape[1]
     if channels == 1 or x.dim() == 1:
         slopes = slopes.reshape(-1, *[1] * (x.dim() - 1))
     else:
         slopes = slopes.reshape(-1, channels, *[1] * (x.dim() - 2))
     return torch.where(x > 0, x, slopes * x)
-
-

@@ -65,9 +65,7 @@ def _times(signs: Tensor, x: Tensor) -> Tensor:
     return numbers * x
 
 
-def _forward(
-    x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None
-) -> Tensor:
+def _forward(x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None) -> Tensor:
     y = F.linear(x, mean, bias)
     z = F.linear(_times(s, x), base, bias_base)
     return y + _signs(r, z) * z if transformed() else y.addcmul_(z, _signs(r, z))
@@ -80,16 +78,15 @@ class _SignedLinear(torch.autograd.Function):
         return _forward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base = ctx.needs_input_grad
         out, width = mean.shape
         g = grad.reshape(-1, out)
-        gx = gw = gd = gb = gc = signs = None
+        gx = gw = gd = gb = gc = None
         if needs_x or needs_base or needs_bias_base:
             rg = _times(r, grad).reshape(-1, out)
-        if needs_x or needs_base:
-            signs = _signs(s, x)
+        signs = _signs(s, x) if needs_x or needs_base else s
         if needs_x:
             gx = torch.mm(g, mean).view(x.shape)
             gx.addcmul_(torch.mm(rg, base).view(x.shape), signs)

@@ -117,7 +117,8 @@ def _matched(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        before, after = [], []
+        before: list[int] = []
+        after: list[int] = []
         left = right = 1
         while True:
             if left == right and (before or after) and left != 1:
@@ -180,7 +181,7 @@ def _sizes(shape: tuple[Any, ...]) -> tuple[int, ...]:
 
 @rule((torch.reshape, torch.Tensor.reshape, torch.Tensor.view), Estimator)
 def view(weight: PerturbedWeight, *shape: Any, **named: Any) -> PerturbedWeight:
-    if len(shape) == 1 and isinstance(shape[0], torch.dtype) or "dtype" in named:
+    if (len(shape) == 1 and isinstance(shape[0], torch.dtype)) or "dtype" in named:
         raise missing_rule(torch.Tensor.view, weight, (weight,), "reading its bits as another dtype has no meaning")
     return reshape(weight, _sizes(shape) if shape else next(iter(named.values())))
 
@@ -190,8 +191,11 @@ def _viewed(*operations: Any) -> None:
 
     for operation in operations:
 
-        def regroup(weight: PerturbedWeight, *args: Any, _operation: Any = operation, **kwargs: Any) -> PerturbedWeight:
-            return reshape(weight, _operation(weight.mean_weight, *args, **kwargs).shape)
+        def regroup(weight: Any, *args: Any, _operation: Any = operation, **kwargs: Any) -> Any:
+            plain = [a.mean_weight if isinstance(a, PerturbedWeight) else a for a in args]  # w.view_as(another weight)
+            if not isinstance(weight, PerturbedWeight):
+                return _operation(weight, *plain, **kwargs)
+            return reshape(weight, _operation(weight.mean_weight, *plain, **kwargs).shape)
 
         rule(operation, Estimator)(regroup)
 
@@ -201,9 +205,14 @@ _viewed(torch.unsqueeze, torch.Tensor.unsqueeze, torch.Tensor.view_as, torch.Ten
 
 
 @rule((torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to), Estimator)
-def expand(weight: PerturbedWeight, *shape: Any) -> PerturbedWeight | Tensor:
+def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
     sizes = shape[0].shape if isinstance(shape[0], Tensor) else _sizes(shape)
+    if not isinstance(weight, PerturbedWeight):  # data in the shape of a weight
+        plain: Tensor = weight.expand(sizes)
+        return plain
     mean = weight.mean_weight.expand(sizes)
+    if mean.numel() > weight.mean_weight.numel():
+        weight.require_drawn("expand(), where entries share one noise")
     lead, layout = mean.dim() - weight.mean_weight.dim(), weight.batch
     own = [1] * lead + list(weight.mean_weight.shape)
     dim, rows = layout.dim, layout.rows
@@ -248,6 +257,7 @@ def select(weight: PerturbedWeight, dim: int, index: int) -> PerturbedWeight:
 
 @rule((torch.index_select, torch.Tensor.index_select), Estimator)
 def index_select(weight: PerturbedWeight, dim: int, index: Tensor) -> PerturbedWeight:
+    weight.require_drawn("index_select(), where rows may repeat")
     return take(weight, dim, index)
 
 
