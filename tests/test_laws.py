@@ -12,37 +12,42 @@ from torch import Tensor
 
 import flipout
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning")  # torch itself says so of even kernels
 every_pair = pytest.mark.parametrize(("case", "estimator"), pairs(), ids=pair_id)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @every_pair
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_equals_the_oracle(case: Case, estimator: str, blocks: int) -> None:
+def test_equals_the_oracle(case: Case, estimator: str) -> None:
+    """With one row a member, and with three in member-major blocks."""
     net = wrap(case, flipout.Gaussian(0.3), LISTED[estimator])
-    x = case.draw_inputs(blocks * MEMBERS)
-    with net.hold(MEMBERS) as draw, torch.no_grad():
-        y = net(*x)
-        assert distance(y, oracle(net, draw, x)) <= EXACT
-        assert distance(y, net.module(*x)) > 1e-6
+    for rows in (MEMBERS, 3 * MEMBERS):
+        x = case.draw_inputs(rows)
+        with net.hold(MEMBERS) as draw, torch.no_grad():
+            y = net(*x)
+            assert distance(y, oracle(net, draw, x)) <= EXACT
+            assert distance(y, net.module(*x)) > 1e-6
 
 
-def _derivatives(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+def _derivatives(y: Tensor, wanted: list[Tensor], twice: bool) -> list[Tensor]:
     """First derivatives of a curved function of y, and the derivatives of their squared norm."""
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
-    first = torch.autograd.grad((weights * y + 0.1 * y**2).sum(), wanted, create_graph=True, materialize_grads=True)
+    loss = (weights * y + 0.1 * y**2).sum()
+    if not twice:
+        return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+    first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
     second = torch.autograd.grad(sum((g * g).sum() for g in first), wanted, materialize_grads=True)
     return [*first, *second]
 
 
 @every_pair
-@pytest.mark.parametrize("relative", [False, True], ids=["additive", "relative"])
-def test_gradients_equal_the_oracles(case: Case, estimator: str, relative: bool) -> None:
-    net = wrap(case, flipout.Gaussian(0.3, relative=relative, learnable=True), LISTED[estimator])
+def test_derivatives_equal_the_oracles(case: Case, estimator: str) -> None:
+    """First and second derivatives in means, learnable scales and inputs, where the mean acts through the noise as well."""
+    net = wrap(case, flipout.Gaussian(0.3, relative=True, learnable=True), LISTED[estimator])
     x = [v.requires_grad_(v.is_floating_point()) for v in case.draw_inputs(2 * MEMBERS)]
     wanted: list[Any] = [*net.parameters(), *(v for v in x if v.requires_grad)]
     with net.hold(MEMBERS) as draw:
-        ours, theirs = (_derivatives(y, wanted) for y in (net(*x), oracle(net, draw, x)))
+        ours, theirs = (_derivatives(y, wanted, case.twice) for y in (net(*x), oracle(net, draw, x)))
     for a, b in zip(ours, theirs, strict=True):
         assert distance(a, b) <= EXACT * max(1.0, b.abs().max().item())
 
@@ -76,9 +81,9 @@ def test_evaluation_is_the_plain_module_exactly(case: Case) -> None:
     assert torch.equal(net(*x), net.module(*x))
 
 
-@every_pair
-def test_two_forwards_before_one_backward(case: Case, estimator: str) -> None:
-    net = wrap(case, flipout.Gaussian(0.3, learnable=True), LISTED[estimator])
+@every_case
+def test_two_forwards_before_one_backward(case: Case) -> None:
+    net = wrap(case, flipout.Gaussian(0.3, learnable=True), flipout.Flipout())
     inputs = case.draw_inputs(MEMBERS), case.draw_inputs(MEMBERS, seed=5)
     wanted = list(net.parameters())
 
@@ -94,10 +99,10 @@ def test_two_forwards_before_one_backward(case: Case, estimator: str) -> None:
         assert distance(together, first + second) <= EXACT * max(1.0, together.abs().max().item())
 
 
-@every_pair
-def test_a_fresh_draw_serves_a_batch(case: Case, estimator: str) -> None:
+@every_case
+def test_a_fresh_draw_serves_a_batch(case: Case) -> None:
     """Without hold() every row is a member; equal seeds give equal outputs and different seeds do not."""
-    net = wrap(case, flipout.Gaussian(0.3), LISTED[estimator])
+    net = wrap(case, flipout.Gaussian(0.3), flipout.Flipout())
     x = case.draw_inputs(MEMBERS)
 
     def output(seed: int) -> Tensor:
@@ -124,9 +129,9 @@ def test_an_empty_batch_stays_empty(case: Case, estimator: str) -> None:
     y.sum().backward()
 
 
-@every_pair
-def test_a_single_row(case: Case, estimator: str) -> None:
-    net = wrap(case, flipout.Gaussian(0.3), LISTED[estimator])
+@every_case
+def test_a_single_row(case: Case) -> None:
+    net = wrap(case, flipout.Gaussian(0.3), flipout.Flipout())
     x = case.draw_inputs(1)
     with net.hold(1) as draw:
         assert distance(net(*x), oracle(net, draw, x)) <= EXACT
@@ -157,11 +162,10 @@ def test_local_reparameterization_serves_or_refuses(case: Case) -> None:
 
 @every_case
 def test_gradients_match_finite_differences(case: Case) -> None:
+    if not case.smooth:
+        pytest.skip("its gradient is by design not its derivative")
     net = wrap(case, flipout.Gaussian(0.3, relative=True, learnable=True), flipout.Flipout())
     x = [v.requires_grad_(v.is_floating_point()) for v in case.draw_inputs(MEMBERS)]
     tensors = [*net.parameters(), *(v for v in x if v.requires_grad)]
-    if case.name == "detach":
-        pytest.skip("detach() has no honest finite difference")
     with net.hold(MEMBERS):
         assert torch.autograd.gradcheck(lambda *_: net(*x), tensors, fast_mode=True)
-        assert torch.autograd.gradgradcheck(lambda *_: net(*x), tensors, fast_mode=True)

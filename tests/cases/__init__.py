@@ -3,7 +3,7 @@
 A rule joins the suite by adding a :class:`Case` to a list here; it gets every law of ``test_laws.py`` for free.
 """
 
-from cases import conv, embedding, linear, normalization, pointwise, structure
+from cases import attention, conv, embedding, linear, normalization, pointwise, structure
 from cases.base import Case
 
 CASES: list[Case] = [
@@ -13,6 +13,7 @@ CASES: list[Case] = [
     *normalization.CASES,
     *pointwise.CASES,
     *structure.CASES,
+    *attention.CASES,
 ]
 
 BY_NAME = {case.name: case for case in CASES}

@@ -25,6 +25,8 @@ class Case:
         affine: whether the output is jointly affine in the perturbed parameters.
         local: whether LocalReparameterization serves it; where it does not it must refuse.
         low_rank: whether LowRank serves it.
+        twice: whether torch can differentiate the plain module twice.
+        smooth: whether its gradient is its derivative (not through detach() and padding).
     """
 
     name: str
@@ -35,6 +37,8 @@ class Case:
     affine: bool = True
     local: bool = False
     low_rank: bool = True
+    twice: bool = True
+    smooth: bool = True
 
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The module in evaluation mode, with no parameter at a special value."""

@@ -52,15 +52,15 @@ class WeightedBag(nn.Module):
 
 
 def _bag(name: str, inputs: Inputs, **options: Any) -> Case:
-    return Case(name, partial(nn.EmbeddingBag, 7, 4, **options), inputs, affine=options.get("mode") != "max")
+    return Case(name, partial(nn.EmbeddingBag, 7, 4, **options), inputs, affine=options.get("mode") != "max", twice=False, smooth="padding_idx" not in options)
 
 
 CASES = [
     Case("embedding", lambda: nn.Embedding(7, 4), indices(7, 3)),
     Case("embedding_per_example", lambda: nn.Embedding(7, 4), indices(7)),
     Case("embedding_3d", lambda: nn.Embedding(7, 4), indices(7, 2, 3)),
-    Case("embedding_padding", lambda: nn.Embedding(7, 4, padding_idx=2), indices(7, 5)),
-    Case("embedding_scaled_gradient", lambda: nn.Embedding(7, 4, scale_grad_by_freq=False, padding_idx=-1), indices(7, 5)),
+    Case("embedding_padding", lambda: nn.Embedding(7, 4, padding_idx=2), indices(7, 5), smooth=False),
+    Case("embedding_last_is_padding", lambda: nn.Embedding(7, 4, padding_idx=-1), indices(7, 5), smooth=False),
     Case("embedding_batch_second", lambda: nn.Embedding(7, 4), lambda n, g: (torch.randint(7, (3, n), generator=g),), batch_dim=1),
     Case("embedding_by_index", given(lambda m, i: m.w[i], w=(7, 4)), indices(7, 3)),
     Case("embedding_vector", given(lambda m, i: m.w[i], w=(7,)), indices(7, 3)),
@@ -70,10 +70,10 @@ CASES = [
     _bag("bag_max", indices(7, 3), mode="max"),
     _bag("bag_padding", indices(7, 5), mode="mean", padding_idx=1),
     _bag("bag_max_padding", indices(7, 5), mode="max", padding_idx=1),
-    Case("bag_offsets", lambda: Bags(mode="mean"), indices(7, 5)),
-    Case("bag_offsets_sum_last", lambda: Bags(mode="sum", include_last_offset=True), indices(7, 5)),
-    Case("bag_offsets_max", lambda: Bags(mode="max"), indices(7, 5), affine=False),
-    Case("bag_weighted", WeightedBag, _weighted),
+    Case("bag_offsets", lambda: Bags(mode="mean"), indices(7, 5), twice=False),
+    Case("bag_offsets_sum_last", lambda: Bags(mode="sum", include_last_offset=True), indices(7, 5), twice=False),
+    Case("bag_offsets_max", lambda: Bags(mode="max"), indices(7, 5), affine=False, twice=False),
+    Case("bag_weighted", WeightedBag, _weighted, twice=False),
     Case("tied", Tied, indices(7, 3), affine=False),
     Case("positions", given(lambda m, x: x + m.w, w=(1, 4, 5)), floats(4, 5), local=True),
     Case("positions_sliced", given(lambda m, x: x + m.w[:, : x.shape[1]], w=(1, 6, 5)), floats(4, 5), local=True),

@@ -19,28 +19,28 @@ def _qkv(cut):  # type: ignore[no-untyped-def]
 
 
 VIEWS = [
-    Case("view_of_vector", given(lambda m, x: F.linear(x, m.w.view(3, 5)), w=(15,)), floats(5)),
-    Case("reshape_there_and_back", given(lambda m, x: F.linear(x, m.w.reshape(15).reshape(3, 5)), **W), floats(5)),
-    Case("reshape_mixed", given(lambda m, x: F.linear(x, m.w.reshape(5, 3)), **W), floats(3)),
-    Case("reshape_minus_one", given(lambda m, x: F.linear(x, m.w.reshape(-1, 5)), w=(3, 1, 5)), floats(5)),
+    Case("view_of_vector", given(lambda m, x: F.linear(x, m.w.view(3, 5)), w=(15,)), floats(5), local=True),
+    Case("reshape_there_and_back", given(lambda m, x: F.linear(x, m.w.reshape(15).reshape(3, 5)), **W), floats(5), local=True),
+    Case("reshape_mixed", given(lambda m, x: F.linear(x, m.w.reshape(5, 3)), **W), floats(3), local=True),
+    Case("reshape_minus_one", given(lambda m, x: F.linear(x, m.w.reshape(-1, 5)), w=(3, 1, 5)), floats(5), local=True),
     Case("view_as", given(lambda m, x: F.linear(x, m.w.view_as(m.v) + m.v), w=(15,), v=(3, 5)), floats(5)),
-    Case("flatten_rows", given(lambda m, x: F.linear(x, m.w.flatten(0, 1)), w=(2, 3, 5)), floats(5)),
-    Case("flatten_columns", given(lambda m, x: F.linear(x, torch.flatten(m.w, 1)), w=(3, 2, 5)), floats(10)),
+    Case("flatten_rows", given(lambda m, x: F.linear(x, m.w.flatten(0, 1)), w=(2, 3, 5)), floats(5), local=True),
+    Case("flatten_columns", given(lambda m, x: F.linear(x, torch.flatten(m.w, 1)), w=(3, 2, 5)), floats(10), local=True),
     Case("unflatten", given(lambda m, x: x @ m.w.unflatten(0, (2, 3)), w=(6, 4)), floats(2, 5, 3)),
-    Case("squeeze", given(lambda m, x: F.linear(x, m.w.squeeze(1)), w=(3, 1, 5)), floats(5)),
+    Case("squeeze", given(lambda m, x: F.linear(x, m.w.squeeze(1)), w=(3, 1, 5)), floats(5), local=True),
     Case("unsqueeze_kernel", given(lambda m, x: F.conv1d(x, m.w.unsqueeze(-1)), **W), floats(5, 4)),
-    Case("kernel_as_matrix", given(lambda m, x: F.linear(x, m.w.flatten(1)), w=(3, 2, 2, 2)), floats(8)),
-    Case("kernel_flipped_axes", given(lambda m, x: F.conv2d(x, m.w.transpose(0, 1)), w=(2, 3, 2, 2)), floats(3, 4, 4)),
+    Case("kernel_as_matrix", given(lambda m, x: F.linear(x, m.w.flatten(1)), w=(3, 2, 2, 2)), floats(8), local=True),
+    Case("kernel_flipped_axes", given(lambda m, x: F.conv2d(x, m.w.transpose(0, 1)), w=(2, 3, 2, 2)), floats(2, 4, 4)),
     Case("movedim", given(lambda m, x: F.conv1d(x, m.w.movedim(0, -1)), w=(2, 3, 4)), floats(4, 5)),
     Case("permute_stack", given(lambda m, x: x @ m.w.permute(1, 2, 0), w=(4, 2, 5)), floats(2, 3, 5)),
     Case("expand_rows", given(lambda m, x: F.linear(x, m.w.expand(3, 5)), w=(1, 5)), floats(5)),
-    Case("expand_vector", given(lambda m, x: F.linear(x, m.w.expand(3, 5)), w=(5,)), floats(5)),
+    Case("expand_vector", given(lambda m, x: F.linear(x, m.w.expand(3, 5)), w=(5,)), floats(5), local=True),
     Case("heads", given(lambda m, x: x * m.w.view(1, 2, 1, 3), w=(6,)), floats(2, 4, 3), local=True),
 ]
 
 CASTS = [
     Case("clone", given(lambda m, x: F.linear(x, m.w.clone()), **W), floats(5), local=True),
-    Case("detach", given(lambda m, x: F.linear(x, m.w.detach()) + F.linear(x, m.w), **W), floats(5)),
+    Case("detach", given(lambda m, x: F.linear(x, m.w.detach()) + F.linear(x, m.w), **W), floats(5), smooth=False),
     Case("contiguous", given(lambda m, x: x @ m.w.t().contiguous(), **W), floats(5), local=True),
     Case("to_own_dtype", given(lambda m, x: F.linear(x, m.w.to(x.dtype)), **W), floats(5), local=True),
     Case("to_like", given(lambda m, x: F.linear(x, m.w.to(x)), **W), floats(5), local=True),
@@ -71,8 +71,8 @@ SLICES = [
 JOINS = [
     Case("cat_rows", given(lambda m, x: F.linear(x, torch.cat([m.w, m.v])), w=(3, 5), v=(2, 5)), floats(5)),
     Case("cat_columns", given(lambda m, x: F.linear(x, torch.cat([m.w, m.v], 1)), w=(3, 2), v=(3, 3)), floats(4, 5)),
-    Case("cat_plain", given(lambda m, x: F.linear(x, torch.cat([m.w, MASK_ROW.to(x.dtype)], -2)), **W), floats(5)),
-    Case("cat_vectors", given(lambda m, x: x * torch.cat([m.w, m.v]), w=(3,), v=(2,)), floats(5)),
+    Case("cat_plain", given(lambda m, x: F.linear(x, torch.cat([m.w, MASK_ROW.to(x.dtype)], -2)), **W), floats(5), local=True),
+    Case("cat_vectors", given(lambda m, x: x * torch.cat([m.w, m.v]), w=(3,), v=(2,)), floats(5), local=True),
     Case("cat_kernels", given(lambda m, x: F.conv1d(x, torch.cat([m.w, m.v], 1)), w=(4, 2, 2), v=(4, 1, 2)), floats(3, 4)),
     Case("cat_tables", given(lambda m, i: F.embedding(i, torch.cat([m.w, m.v])), w=(4, 3), v=(3, 3)), indices(7, 2)),
 ]
