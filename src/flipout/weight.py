@@ -311,7 +311,9 @@ class PerturbedWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        carrier = next(carriers_in((args, kwargs)))
+        carrier = next((a for a in args if type(a) is PerturbedWeight), None)
+        if carrier is None:
+            carrier = next(carriers_in((args, kwargs)))
         found = find_rule(func, type(carrier.origin.estimator))
         if found is None:
             if carrier.origin.fallback == "loop":
