@@ -109,12 +109,15 @@ class Flipout(Estimator):
         granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an
             operation's input. ``"token"`` draws new signs for every row of every operation: what mixtures of experts need, and no
             longer one function per example.
+        per_step: whether recurrent layers and cells draw new signs at every time step, in place of one set a sequence. ΔW stays
+            one draw. Members then have no weights to list, and other layers are as before.
 
     Raises:
         ArgumentError: if ``granularity`` is neither.
     """
 
     granularity: str = "example"
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in ("example", "token"):
@@ -126,7 +129,7 @@ class Flipout(Estimator):
 
     @property
     def has_members(self) -> bool:  # type: ignore[override]
-        return not self.per_token
+        return not (self.per_token or self.per_step)
 
     def check(self, noise: Noise, name: str) -> None:
         if not noise.symmetric:

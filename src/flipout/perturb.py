@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 import flipout.rules  # noqa: F401  (fills the registry)
 from flipout.draw import Draw
@@ -16,6 +16,7 @@ from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.select import Site, check_generator, rows_dim, select, unbatched_rank
+from flipout.slots import Placement, first_batch
 
 __all__ = ["Perturbed", "perturbed"]
 
@@ -104,12 +105,11 @@ class Perturbed(nn.Module):
         else:
             rows = _count_rows(self.module, self.batch_dim, args, kwargs)
             _require_blocks(rows, draw, self.batch_dim)
-        slots = _slots(self._sites)
-        means = _swap(slots, draw.slot_weights(rows, self.batch_dim))
+        placed = Placement(_slots(self._sites), draw.slot_weights(rows, self.batch_dim))
         try:
             return self.module(*args, **kwargs)
         finally:
-            _swap(slots, means)
+            placed.undo()
 
     def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
         log_std = {site.name: self.log_std[_key(site.name)] for site in self._sites if site.noise.learnable}
@@ -287,7 +287,7 @@ class _Calls:
     def __init__(self, net: Perturbed, draw: _LateDraw) -> None:
         self.net, self.draw = net, draw
         self.depth = 0
-        self.means: list[Any] | None = None
+        self.placed: Placement | None = None
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         self.depth += 1
@@ -295,11 +295,13 @@ class _Calls:
             return
         try:
             net, draw = self.net, self.draw
-            rows = _count_rows(part, net.batch_dim, args, kwargs)
+            dim = rows_dim(part, net.batch_dim)
+            rows = _count_rows(part, dim, args, kwargs)
             if not draw.started:
                 draw.start(rows)
-            _require_blocks(rows, draw, net.batch_dim)
-            self.means = _swap(_slots(net._sites), draw.slot_weights(rows, net.batch_dim))
+            _require_blocks(rows, draw, dim)
+            self.placed = Placement(_slots(net._sites), draw.slot_weights(rows, dim))
+            self.placed.note(part, args, kwargs)
         except BaseException:
             self.depth = 0
             raise
@@ -310,9 +312,9 @@ class _Calls:
             self.restore()
 
     def restore(self) -> None:
-        if self.means is not None:
-            _swap(_slots(self.net._sites), self.means)
-            self.means = None
+        if self.placed is not None:
+            self.placed.undo()
+            self.placed = None
 
 
 def _key(name: str) -> str:
@@ -321,14 +323,6 @@ def _key(name: str) -> str:
 
 def _slots(sites: Sequence[Site]) -> list[tuple[nn.Module, str]]:
     return [slot for site in sites for slot in site.slots]
-
-
-def _swap(slots: Sequence[tuple[nn.Module, str]], values: Sequence[Any]) -> list[Any]:
-    """Puts values into parameter slots and returns what they held."""
-    before = [owner._parameters[attribute] for owner, attribute in slots]
-    for (owner, attribute), value in zip(slots, values, strict=True):
-        owner._parameters[attribute] = value
-    return before
 
 
 def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
@@ -345,12 +339,12 @@ def _member_count(members: Any) -> int:
 
 
 def _count_rows(module: nn.Module, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The rows of the first tensor argument on the batch dimension; one for an unbatched input."""
-    first = args[0] if args and isinstance(args[0], Tensor) else None
-    if first is None:
-        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    """The rows of the first tensor argument on the batch dimension, or its packed sequences; one for an unbatched input."""
+    first = first_batch(args, kwargs)
     if first is None:
         raise BatchError(f"{type(module).__name__} was called without a tensor, so its examples cannot be counted")
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
     if first.dim() == unbatched_rank(module):
         return 1
     if first.dim() <= dim:

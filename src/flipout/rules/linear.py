@@ -18,7 +18,7 @@ from flipout.rules.products import factored_product, signed_linear
 from flipout.rules.structure import permute, reshape
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
 
-__all__ = ["linear"]
+__all__ = ["linear", "sign_factors"]
 
 
 def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
     return sides[1], sides[0]
 
 
-def _signs(term: Term) -> tuple[Factor, Factor] | None:
+def sign_factors(term: Term) -> tuple[Factor, Factor] | None:
     """The (s, r) of a term that has one factor along the input axis, one along the output axis and a full base."""
     if term.per_member or len(term.factors) != 2 or term.base.dim() != 2:
         return None
@@ -96,7 +96,7 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> tuple[Tensor, Any] | None:
     """The hand-written pair of products and the bias still to add; None where the weight no longer is flipout's own."""
-    signs = _signs(weight.terms[0]) if len(weight.terms) == 1 else None
+    signs = sign_factors(weight.terms[0]) if len(weight.terms) == 1 else None
     if signs is None:
         return None
     s, r = signs

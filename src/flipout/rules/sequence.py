@@ -153,7 +153,7 @@ def unroll(
     Returns:
         The hidden states ``[total, hidden]``, the last one of each sequence and, for an LSTM, the last cell state.
     """
-    pieces = x.split(steps.sizes)  # type: ignore[no-untyped-call]
+    pieces = x.split(steps.sizes)
     outputs: list[Tensor] = [x] * len(pieces)
     cells: list[Tensor] = [x] * len(pieces)
     h, c = h0, c0

@@ -191,7 +191,7 @@ def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
         output, second = _gru(steps, gates, h0, bias_h, hidden)
         return output, _own(steps.final(output)), None, gates, second
     h = h0
-    for t, piece in _walk(steps, gates):
+    for _, piece in _walk(steps, gates):
         hidden.add_(piece, steps.active(h, h0, len(piece)))
         h = piece.tanh_() if cell is Cell.TANH else piece.relu_()
     return gates, _own(steps.final(gates)), None, gates, None
@@ -202,7 +202,7 @@ def _own(view: Tensor) -> Tensor:
 
 
 def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
-    pieces = buffer.split(steps.sizes)  # type: ignore[no-untyped-call]
+    pieces = buffer.split(steps.sizes)
     return [(t, pieces[t]) for t in steps.order]
 
 
@@ -221,8 +221,8 @@ def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedM
 def _lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: _Hidden) -> tuple[Tensor, Tensor]:
     n, sizes = h0.shape[1], steps.sizes
     output, cells = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
-    outputs, states, both = output.split(sizes), cells.split(sizes), gates[:, : 2 * n].split(sizes)  # type: ignore[no-untyped-call]
-    i, f, g, o = (gate.split(sizes) for gate in gates.chunk(4, 1))  # type: ignore[no-untyped-call]
+    outputs, states, both = output.split(sizes), cells.split(sizes), gates[:, : 2 * n].split(sizes)
+    i, f, g, o = (gate.split(sizes) for gate in gates.chunk(4, 1))
     h, c = h0, c0
     for t, piece in _walk(steps, gates):
         h, c = steps.active(h, h0, len(piece)), steps.active(c, c0, len(piece))
@@ -239,8 +239,8 @@ def _gru(steps: Steps, gates: Tensor, h0: Tensor, bias: Tensor | None, hidden: _
     """The gates in place, and what the hidden state contributes to the candidate."""
     n, sizes = h0.shape[1], steps.sizes
     output, candidate = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
-    outputs, h_n, both = output.split(sizes), candidate.split(sizes), gates[:, : 2 * n].split(sizes)  # type: ignore[no-untyped-call]
-    r, z, n_t = (gate.split(sizes) for gate in gates.chunk(3, 1))  # type: ignore[no-untyped-call]
+    outputs, h_n, both = output.split(sizes), candidate.split(sizes), gates[:, : 2 * n].split(sizes)
+    r, z, n_t = (gate.split(sizes) for gate in gates.chunk(3, 1))
     h, room = h0, gates.new_empty(steps.rows, 3 * n)
     for t, piece in _walk(steps, gates):
         size = len(piece)
@@ -268,7 +268,7 @@ class _SignedSequence(torch.autograd.Function):
         return output, h, c
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, output, gates, second = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
@@ -302,7 +302,7 @@ def _backward(
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
         d_hidden, d_candidate = _gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
-    elif cell is Cell.LSTM:
+    elif dc is not None:
         d_hidden, d_candidate = _lstm_backward(steps, pieces, dh, dc, c0, gates, second, hidden), None
     else:
         d_hidden, d_candidate = _rnn_backward(cell, steps, pieces, dh, output, hidden), None
@@ -369,7 +369,7 @@ def _lstm_backward(
     _tanh_slope(i, g, grad_input=d_g)
     _sigmoid_slope(tanh_c, o, grad_input=d_o)
     through = torch.ops.aten.tanh_backward(o, tanh_c).split(sizes)  # how the output moves with the cell state
-    forget, of_cell, of_output = f.split(sizes), d[:, : 3 * n].unflatten(1, (3, n)).split(sizes), d_o.split(sizes)  # type: ignore[no-untyped-call]
+    forget, of_cell, of_output = f.split(sizes), d[:, : 3 * n].unflatten(1, (3, n)).split(sizes), d_o.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
         now, cell = dh[: len(d_t)], dc[: len(d_t)]
         if gy is not None:
@@ -395,7 +395,7 @@ def _gru_backward(
     d_r.mul_(inner)
     _sigmoid_slope(steps.previous(output, h0).sub_(n), z, grad_input=d_z)
     torch.mul(inner, r, out=d_n)
-    kept, of_all, of_input = z.split(sizes), d.unflatten(1, (3, width)).split(sizes), inner.split(sizes)  # type: ignore[no-untyped-call]
+    kept, of_all, of_input = z.split(sizes), d.unflatten(1, (3, width)).split(sizes), inner.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
         now = dh[: len(d_t)]
         if gy is not None:

@@ -1,0 +1,357 @@
+"""Recurrent layers and cells: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``, padded and packed, and their cells.
+
+Every sequence of the batch has weights of its own, the same ones at every time step: ΔW and the signs are drawn once and held.
+``Flipout(per_step=True)`` and ``granularity="token"`` draw new signs at each step. Recurrent operations take their rows from their
+own ``batch_first``; those of a packed batch are put back into the order in which the caller gave the sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flipout.errors import BatchError, UnsupportedNoiseError
+from flipout.estimators import Estimator, LocalReparameterization
+from flipout.modes import autocast
+from flipout.registry import rule
+from flipout.rules.linear import sign_factors
+from flipout.rules.sequence import Cell, Steps, cell_step, unroll
+from flipout.rules.sequence_kernel import SignedMatrix, signed_sequence
+from flipout.slots import FlatWeights
+from flipout.weight import Layout, PerturbedWeight, carriers_in
+
+__all__ = ["recurrent"]
+
+
+class _Weights(NamedTuple):
+    """The parameters of one direction of one layer, or of a cell; any of them may be perturbed."""
+
+    ih: Any
+    hh: Any
+    bias_ih: Any = None
+    bias_hh: Any = None
+    hr: Any = None
+
+    def map(self, function: Callable[[Any], Any]) -> _Weights:
+        return _Weights(*(None if weight is None else function(weight) for weight in self))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Which member each of B sequences belongs to.
+
+    Attributes:
+        rows: B.
+        owner: the member of each sequence, ``[B]``; None where they are in member-major blocks.
+    """
+
+    rows: int
+    owner: Tensor | None
+
+    def gathered(self, weight: Any) -> Any:
+        """The weight with one member a sequence, in the sequences' order."""
+        if not isinstance(weight, PerturbedWeight) or _fresh(weight):
+            return weight
+        owner, members = self.owner, weight.batch.members or 0
+        if owner is None and members != self.rows:
+            owner = torch.arange(members, device=weight.mean_weight.device).repeat_interleave(self.rows // max(members, 1))
+        terms = weight.terms if owner is None else tuple(term.members(owner) for term in weight.terms)
+        return PerturbedWeight(weight.mean_weight, terms, Layout(self.rows, self.rows, 0), weight.origin)
+
+
+def _fresh(weight: PerturbedWeight) -> bool:
+    """Whether signs are drawn anew at each step: the linear rule draws them for every row that it meets."""
+    return weight.batch.members is None
+
+
+def _per_step(weight: Any) -> Any:
+    """Under ``per_step``, the weight without the signs of its members."""
+    if not isinstance(weight, PerturbedWeight) or not getattr(weight.origin.estimator, "per_step", False) or _fresh(weight):
+        return weight
+    terms = tuple(replace(term, factors=tuple(replace(f, values=None, packed=True) for f in term.factors)) for term in weight.terms)
+    return PerturbedWeight(weight.mean_weight, terms, Layout(None, None, 0), weight.origin)
+
+
+def _on(weight: Any, rows: int, dim: int) -> Any:
+    """The weight, for an operand whose rows are on ``dim``."""
+    if not isinstance(weight, PerturbedWeight) or _fresh(weight):
+        return weight
+    return PerturbedWeight(weight.mean_weight, weight.terms, Layout(weight.batch.members, rows, dim), weight.origin)
+
+
+def _linear(x: Tensor, weight: Any, bias: Any) -> Tensor:
+    y: Tensor = F.linear(x, weight, bias)
+    return y
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+def recurrent(
+    cell: Cell,
+    x: Tensor,
+    sizes: Tensor | None,
+    hx: Sequence[Tensor],
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+) -> tuple[Tensor, ...]:
+    """The rule of every recurrent operation; arguments as torch has them.
+
+    Args:
+        cell: which.
+        x: ``[T, B, in]``, ``[B, T, in]`` if ``batch_first``, or packed ``[total, in]``.
+        sizes: sequences at each step of a packed batch, else None.
+        hx: first hidden states ``[layers·directions, B, hidden]``, and an LSTM's cell states.
+        params: the flat weights, some of them perturbed.
+
+    Returns:
+        Output, last hidden states and, for an LSTM, last cell states.
+
+    Raises:
+        BatchError: if the rows of the input or of ``hx`` are not those of the draw.
+        UnsupportedNoiseError: under LocalReparameterization.
+    """
+    what = cell.value
+    carriers = list(carriers_in(list(params)))
+    _refuse_local(carriers, what)
+    directions = 2 if bidirectional else 1
+    if sizes is None:
+        x = x.transpose(0, 1) if batch_first else x
+        length, rows = x.shape[:2]
+        steps = (rows,) * length
+        packed = x.reshape(length * rows, x.shape[2])
+    else:
+        steps, packed = tuple(sizes.tolist()), x
+    if not steps:
+        raise BatchError(f"{what} got an input of shape {tuple(x.shape)}, a sequence without steps; give it at least one")
+    batch = _batch(carriers, steps[0], params, sizes is not None, what)
+    for state in hx:
+        _require_states(state, steps[0], carriers[0], what)
+    y, *hx = autocast(packed, *hx)
+    count = len(params) // (num_layers * directions)
+    finals: list[tuple[Tensor, Tensor | None]] = []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            weights = _weights(params[k * count : (k + 1) * count], has_biases)
+            c0 = hx[1][k] if cell is Cell.LSTM else None
+            output, h, c = _direction(cell, Steps(steps, direction == 1), batch, y, hx[0][k], c0, weights)
+            outputs.append(output)
+            finals.append((h, c))
+        y = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+        if dropout and layer < num_layers - 1:
+            y = F.dropout(y, dropout, train)
+    if sizes is None:
+        y = y.view(len(steps), steps[0], y.shape[1])
+        y = y.transpose(0, 1) if batch_first else y
+    states = [torch.stack([h for h, _ in finals])]
+    if cell is Cell.LSTM:
+        states.append(torch.stack([c for _, c in finals if c is not None]))
+    return y, *states
+
+
+def _weights(params: Sequence[Any], has_biases: bool) -> _Weights:
+    bias_ih, bias_hh = params[2:4] if has_biases else (None, None)
+    projection = params[-1] if len(params) % 2 else None
+    return _Weights(params[0], params[1], bias_ih, bias_hh, projection).map(_per_step)
+
+
+def _direction(
+    cell: Cell, steps: Steps, batch: _Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One direction of one layer over packed inputs ``[total, in]``."""
+    signed = _signed(batch, weights) if weights.hr is None else None
+    if signed is None:
+        return _composed(cell, steps, batch, x, h0, c0, weights)
+    bias_x, bias_h = (_bias_rows(batch, bias) for bias in (weights.bias_ih, weights.bias_hh))
+    if cell is not Cell.GRU and bias_x is not None and bias_h is not None:
+        bias_x, bias_h = bias_x + bias_h, None
+    (W_x, D_x, s_x, r_x), (W_h, D_h, s_h, r_h) = signed
+    x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h = autocast(x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h)
+    input, hidden = SignedMatrix(W_x, D_x, s_x, r_x), SignedMatrix(W_h, D_h, s_h, r_h)
+    return signed_sequence(cell, steps, x, h0.contiguous(), c0 if c0 is None else c0.contiguous(), bias_x, bias_h, input, hidden)
+
+
+def _signed(batch: _Batch, weights: _Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
+    """The two matrices for the sequence kernel; None where one of them is more than a mean and flipout's one signed term."""
+    found = []
+    for weight in weights[:2]:
+        if not isinstance(weight, PerturbedWeight):
+            found.append(SignedMatrix(weight))
+            continue
+        if _fresh(weight) or len(weight.terms) != 1:
+            return None
+        mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
+        signs = sign_factors(term)
+        if signs is None or term.base.shape != mean.shape:
+            return None
+        s, r = (factor.compact(mean.dtype) for factor in signs)
+        found.append(SignedMatrix(mean, term.base, s, r))
+    return found[0], found[1]
+
+
+def _bias_rows(batch: _Batch, bias: Any) -> Tensor | None:
+    """A plain bias, or the biases of the sequences ``[B, out]``."""
+    values: Tensor | None = batch.gathered(bias).dense() if isinstance(bias, PerturbedWeight) else bias
+    return values
+
+
+def _composed(
+    cell: Cell, steps: Steps, batch: _Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any estimator: the linear rule at each step."""
+    blocks = steps.uniform and batch.owner is None
+    if not blocks:
+        weights = weights.map(batch.gathered)
+    gates = _input_gates(steps, x, weights)
+    cut: dict[int, _Weights] = {}
+
+    def at(size: int) -> _Weights:
+        if size not in cut:
+            cut[size] = weights.map(lambda weight: _first(weight, size) if size != steps.rows else _on(weight, size, 0))
+        return cut[size]
+
+    def hidden(h: Tensor) -> Tensor:
+        now = at(len(h))
+        return _linear(h, now.hh, now.bias_hh)
+
+    project = None if weights.hr is None else lambda h: _linear(h, at(len(h)).hr, None)
+    return unroll(cell, steps, gates, h0, c0, hidden, project)
+
+
+def _first(weight: Any, size: int) -> Any:
+    """The weights of the first sequences only."""
+    if not isinstance(weight, PerturbedWeight) or _fresh(weight):
+        return weight
+    terms = tuple(term.members(slice(0, size)) for term in weight.terms)
+    return PerturbedWeight(weight.mean_weight, terms, Layout(size, size, 0), weight.origin)
+
+
+def _input_gates(steps: Steps, x: Tensor, weights: _Weights) -> Tensor:
+    """What the inputs contribute to the gates of all steps; sequences of differing lengths are padded for it."""
+    fresh = [w for w in (weights.ih, weights.bias_ih) if isinstance(w, PerturbedWeight) and _fresh(w)]
+    if fresh:
+        return _linear(x, weights.ih, weights.bias_ih)
+    T, B = len(steps.sizes), steps.rows
+    at = None
+    if not steps.uniform:
+        at = torch.cat([torch.arange(t * B, t * B + size, device=x.device) for t, size in enumerate(steps.sizes)])
+        x = x.new_zeros(T * B, x.shape[1]).index_copy(0, at, x)
+    ih, bias = (_on(weight, B, 1) for weight in (weights.ih, weights.bias_ih))
+    gates = _linear(x.view(T, B, x.shape[1]), ih, bias).flatten(0, 1)
+    return gates if at is None else gates.index_select(0, at)
+
+
+# --- rows and members -------------------------------------------------------------------------------------------------
+
+
+def _batch(carriers: Sequence[PerturbedWeight], rows: int, params: Sequence[Any], packed: bool, what: str) -> _Batch:
+    """The members of the sequences of a batch."""
+    layout, name = carriers[0].batch, carriers[0].origin.name
+    if layout.members is None:
+        return _Batch(rows, None)
+    expected = layout.rows
+    if rows != expected if expected is not None else rows % layout.members:
+        raise BatchError(
+            f"{what} met {name!r} with a batch of {rows} sequences, but the module's own input has "
+            f"{expected if expected is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
+            f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
+            "check batch_first and batch_dim, or exclude the layer"
+        )
+    if not packed:
+        return _Batch(rows, None)
+    if not isinstance(params, FlatWeights):
+        raise BatchError(
+            f"{what} met {name!r} with a packed batch outside of the torch.nn module it belongs to (or under torch.compile), so "
+            "the order in which its sequences were sorted is unknown; call the module with the PackedSequence, or pass a padded "
+            "batch"
+        )
+    if params.order is None or rows == 0:
+        return _Batch(rows, None)
+    return _Batch(rows, torch.div(params.order, rows // layout.members, rounding_mode="floor"))
+
+
+def _require_states(state: Tensor, rows: int, carrier: PerturbedWeight, what: str) -> None:
+    if state.dim() != 3 or state.shape[1] != rows:
+        raise BatchError(
+            f"{what} met {carrier.origin.name!r} with an initial state of shape {tuple(state.shape)} for a batch of {rows} "
+            f"sequences; expected [layers·directions, {rows}, hidden]"
+        )
+
+
+def _refuse_local(carriers: Sequence[PerturbedWeight], what: str) -> None:
+    for carrier in carriers:
+        if isinstance(carrier.origin.estimator, LocalReparameterization) and carrier.mean_weight.dim() > 1:
+            raise UnsupportedNoiseError(
+                f"LocalReparameterization met {carrier.origin.name!r} in {what}: a recurrent layer uses its weights at every "
+                "time step, and independent noise on the pre-activations would be biased there; use Flipout(), or exclude it"
+            )
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor | None]:
+    """One step of a cell for a batch ``x [B, in]``: equal to a sequence of length one.
+
+    Raises:
+        BatchError, UnsupportedNoiseError: as :func:`recurrent`.
+    """
+    what = f"{cell.value}_cell"
+    carriers = list(carriers_in(tuple(weights)))
+    _refuse_local(carriers, what)
+    layout, name = carriers[0].batch, carriers[0].origin.name
+    for state in (h, c):
+        if state is not None and (state.dim() != 2 or x.dim() != 2 or len(state) != len(x)):
+            raise BatchError(
+                f"{what} met {name!r} with an input of shape {tuple(x.shape)} and a state of shape {tuple(state.shape)}; "
+                "expected [B, in] and [B, hidden] with one B"
+            )
+    if layout.members is not None and (len(x) % layout.members if layout.rows is None else len(x) != layout.rows):
+        raise BatchError(
+            f"{what} met {name!r} with {len(x)} rows, but the module's own input has {layout.rows or 'k·' + str(layout.members)} "
+            f"rows on batch_dim={layout.dim}, for {layout.members} members; a cell takes one row a sequence"
+        )
+    weights = weights.map(_per_step).map(lambda weight: _on(weight, len(x), 0))
+    x, h, c = autocast(x, h, c)
+    return cell_step(cell, _linear(x, weights.ih, weights.bias_ih), _linear(h, weights.hh, weights.bias_hh), h, c)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_PADDED = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+_PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+
+
+def _register(cell: Cell, operation: Any, cell_operation: Any) -> None:
+    @rule(operation, Estimator)
+    def sequence(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        at = 1 if cell is Cell.LSTM else 2  # a tensor here is the sizes, or the state after the sizes
+        packed = "batch_sizes" in kwargs or "data" in kwargs or (len(args) > at and isinstance(args[at], Tensor))
+        given = dict(zip(_PACKED if packed else _PADDED, args, strict=False)) | kwargs
+        x, sizes = (given.pop("data"), given.pop("batch_sizes")) if packed else (given.pop("input"), None)
+        hx = given.pop("hx")
+        return recurrent(cell, x, sizes, hx if cell is Cell.LSTM else (hx,), **given)
+
+    @rule(cell_operation, Estimator)
+    def one_step(input: Tensor, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+        h, c = hx if cell is Cell.LSTM else (hx, None)
+        h, c = recurrent_cell(cell, input, h, c, _Weights(w_ih, w_hh, b_ih, b_hh))
+        return h if c is None else (h, c)
+
+
+_register(Cell.LSTM, torch.lstm, torch.lstm_cell)
+_register(Cell.GRU, torch.gru, torch.gru_cell)
+_register(Cell.TANH, torch.rnn_tanh, torch.rnn_tanh_cell)
+_register(Cell.RELU, torch.rnn_relu, torch.rnn_relu_cell)
