@@ -82,7 +82,22 @@ def select(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
             f"the {len(names)} parameters of {type(module).__name__}"
         )
+    _require_dispatch(sites)
     return _with_matrices(sites)
+
+
+def _require_dispatch(sites: Iterable[Site]) -> None:
+    """Raises where torch would not hand a projection of an attention module to the attention rule."""
+    slots = [(site.name, owner, attribute) for site in sites for owner, attribute in site.slots]
+    owners = {id(owner): owner for _, owner, _ in slots if isinstance(owner, nn.MultiheadAttention)}
+    for owner in owners.values():
+        own = {attribute: name for name, other, attribute in slots if other is owner}
+        separate = [name for attribute, name in own.items() if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        if separate and len(separate) == len(own) and not any(other is owner.out_proj for _, other, _ in slots):
+            raise ArgumentError(
+                f"{', '.join(map(repr, separate))}: torch does not show these projections of an nn.MultiheadAttention to a rule "
+                "unless another parameter of the module is perturbed as well; include its out_proj.weight or in_proj_bias"
+            )
 
 
 def _with_matrices(sites: list[Site]) -> list[Site]:

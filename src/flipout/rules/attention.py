@@ -72,9 +72,12 @@ def multi_head_attention(
     # rows first from here on: [N, L, E]
     *projections, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias = (_rows_first(w) for w in everything)
     q, k, v = _project(_swapped(query, key, value), projections, in_proj_bias)
+    own = k.shape[1] if static_k is None else static_k.shape[1]
     if bias_k is not None:
         k, v = _extended(k, bias_k), _extended(v, bias_v)
-    q, k, v = (t.view(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (q, k, v))  # [N, heads, L, d]
+    q, k, v = (
+        t.view(*t.shape[:2], num_heads, embed_dim_to_check // num_heads).transpose(1, 2) for t in (q, k, v)
+    )  # [N, heads, L, d]
     k = k if static_k is None else static_k.view(*k.shape[:2], *static_k.shape[1:])
     v = v if static_v is None else static_v.view(*v.shape[:2], *static_v.shape[1:])
     if add_zero_attn:
@@ -82,7 +85,7 @@ def multi_head_attention(
     if is_causal and attn_mask is None:
         raise ValueError("is_causal is a hint about attn_mask, and needs it: pass the causal mask as well")
     is_causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if is_causal else _merged(attn_mask, key_padding_mask, q, k)
+    mask = None if is_causal else _merged(attn_mask, key_padding_mask, q, k, own)
     y, probabilities = attend(q, k, v, mask, dropout_p if training else 0.0, is_causal, need_weights)
     y = F.linear(y.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1)
     if probabilities is not None and average_attn_weights:
@@ -179,16 +182,23 @@ def _extended(x: Tensor, extra: Any) -> Tensor:
     return torch.cat([x, values.expand(rows, 1, -1)], 1)
 
 
-def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Both masks as numbers to add to the logits ``[N, heads, L, S]``; keys beyond a mask (bias_k, zero) are seen by all."""
+def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor, own: int) -> Tensor | None:
+    """Both masks as numbers to add to the logits ``[N, heads, L, S]``; all see the keys beyond the ``own`` ones."""
     rows, heads, length, keys = *q.shape[:3], k.shape[2]
     other = F._none_or_dtype(attn_mask)
     padding = F._canonical_mask(key_padding_mask, "key_padding_mask", other, "attn_mask", q.dtype)
     mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
     if mask is not None:
-        mask = mask.view(rows, heads, length, -1) if mask.dim() == 3 else mask
-        mask = F.pad(mask, (0, keys - mask.shape[-1]))
+        _require_shape("attn_mask", mask, (length, own) if mask.dim() == 2 else (rows * heads, length, own))
+        mask = mask.view(rows, heads, length, own) if mask.dim() == 3 else mask
+        mask = F.pad(mask, (0, keys - own))
     if padding is None:
         return mask
-    padding = F.pad(padding, (0, keys - padding.shape[-1])).view(rows, 1, 1, keys)
+    _require_shape("key_padding_mask", padding, (rows, own))
+    padding = F.pad(padding, (0, keys - own)).view(rows, 1, 1, keys)
     return padding if mask is None else mask + padding
+
+
+def _require_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    if mask.shape != shape:
+        raise ValueError(f"the shape of {name} is {tuple(mask.shape)}, but should be {shape}")
