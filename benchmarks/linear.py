@@ -1,0 +1,53 @@
+"""What does a perturbed ``nn.Linear`` cost in training, against the plain layer and against bayesian-torch?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import flipout
+from benchmarks import peers
+from benchmarks.harness import MIN_ROUNDS, Section, Target, forward_backward, race
+
+SIZES = [(8192, 784, 512), (1024, 1024, 1024), (128, 1024, 1024)]
+LEARNABLE_BOUND = {8192: 2.3, 1024: 2.3, 128: 3.2}
+FIXED_BOUND = {8192: 1.95, 1024: 1.95}
+PEER_BOUND = 1.2
+STD = 0.05
+
+TEXT = """Forward and backward of one linear layer, float32; the input requires a gradient, weight and bias are both perturbed
+and get theirs, and so do their scales where these are learnable. The plain layer needs three matrix products, flipout six, five
+with a fixed additive scale (limits 2.0 and 1.67)."""
+
+
+def run(rounds: int = MIN_ROUNDS) -> Section:
+    """Races plain, learnable, fixed and the peer at each size."""
+    section = Section("linear", "Linear layer, forward + backward", TEXT)
+    missing = peers.why_missing()
+    if missing:
+        section.notes.append(missing)
+    for rows, width, out in SIZES:
+        torch.manual_seed(0)
+        x = torch.randn(rows, width, requires_grad=True)
+        layers = {
+            "plain": nn.Linear(width, out),
+            "flipout, learnable Gaussian": flipout.Perturbed(nn.Linear(width, out), flipout.Gaussian(STD, learnable=True)),
+            "flipout, fixed Gaussian": flipout.Perturbed(nn.Linear(width, out), flipout.Gaussian(STD)),
+        }
+        if not missing:
+            layers["bayesian-torch LinearFlipout"] = peers.linear(width, out)
+        size = f"[{rows}, {width}] → {out}"
+        each = rounds if rows > 128 else 3 * rounds
+        timings = race({name: forward_backward(net, x) for name, net in layers.items()}, rounds=each)
+        section.add_race(size, timings)
+        section.add_target(f"{size} learnable / plain", timings["flipout, learnable Gaussian"], LEARNABLE_BOUND[rows])
+        if rows in FIXED_BOUND:
+            section.add_target(f"{size} fixed / plain", timings["flipout, fixed Gaussian"], FIXED_BOUND[rows])
+        if not missing:
+            ahead = timings["bayesian-torch LinearFlipout"].ratio / timings["flipout, learnable Gaussian"].ratio
+            section.targets.append(Target(f"{size} bayesian-torch / learnable", ahead, PEER_BOUND, at_least=True))
+    return section
+
+
+if __name__ == "__main__":
+    print(run().markdown())
