@@ -76,6 +76,7 @@ def select(
             continue
         slots = tuple((owner, attribute) for _, owner, attribute in found)
         _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
+        _require_python(own[0], slots)
         sites.append(Site(own[0], chosen, _sign_axes(slots), slots))
     if not sites:
         raise ArgumentError(
@@ -158,6 +159,15 @@ def _require_real(name: str, parameter: Tensor | None) -> None:
     if parameter is None or not parameter.is_floating_point():
         dtype = None if parameter is None else parameter.dtype
         raise ArgumentError(f"parameter {name!r} has dtype {dtype}, which takes no noise; pass exclude={name!r}")
+
+
+def _require_python(name: str, slots: Iterable[tuple[nn.Module, str]]) -> None:
+    for owner, _ in slots:
+        if isinstance(owner, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"parameter {name!r} belongs to TorchScript ({owner.original_name}), which runs compiled operations that no rule "
+                f"can serve; perturb the Python module that it was compiled from, or pass exclude={name!r}"
+            )
 
 
 def _sign_axes(slots: Iterable[tuple[nn.Module, str]]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ everything that models do to a weight before they use it (see ``rules/structure.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -219,6 +220,7 @@ class PerturbedWeight(torch.Tensor):
         self.terms = terms
         self.batch = layout
         self.origin = origin
+        self.recorded = torch.is_grad_enabled()
 
     def replace(self, mean: Tensor, terms: Sequence[Term]) -> PerturbedWeight:
         """The same members with another mean and other terms."""
@@ -314,6 +316,8 @@ class PerturbedWeight(torch.Tensor):
         carrier = next((a for a in args if type(a) is PerturbedWeight), None)
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
+        if carrier.recorded and not torch.is_grad_enabled() and _inside_autograd_function():
+            raise missing_rule(func, carrier, args, _HIDDEN)
         found = find_rule(func, type(carrier.origin.estimator))
         if found is None:
             if carrier.origin.fallback == "loop":
@@ -324,6 +328,21 @@ class PerturbedWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         raise missing_rule(func, next(carriers_in((args, kwargs or {}))), args)
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_HIDDEN = (
+    "it did so inside a torch.autograd.Function, whose own backward would drop the gradient (reentrant checkpointing is one: "
+    "take use_reentrant=False, under flipout.perturbed)"
+)
+
+
+def _inside_autograd_function() -> bool:
+    """Whether the caller runs in the forward of a custom autograd Function, which autograd does not look into."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def carriers_in(tree: Any) -> Iterator[PerturbedWeight]:
