@@ -25,6 +25,7 @@ __all__ = [
     "ESTIMATORS",
     "EstimatorVariance",
     "GradientVariance",
+    "block_sizes",
     "gradient",
     "gradient_variance",
     "named_estimators",
@@ -183,7 +184,7 @@ def gradient_variance(
         raise ArgumentError(f"expected a flipout.Perturbed, got {type(net).__name__}; wrap the module with its noise first")
     _require_count("batch_size", batch_size, 1)
     _require_count("seed", seed, 0)
-    sizes = _block_sizes(draws, repeats)
+    sizes = block_sizes(draws, repeats)
     found = {}
     for name, estimator in named_estimators(estimators).items():
         blocks: list[dict[str, float]] = []
@@ -307,7 +308,7 @@ def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _block_sizes(draws: int, repeats: int | None) -> list[int]:
+def block_sizes(draws: int, repeats: int | None) -> list[int]:
     """Blocks of nearly equal size. The default keeps the interval within a tenth of the narrowest that any choice gives."""
     _require_count("draws", draws, 2)
     if repeats is None:
