@@ -145,7 +145,7 @@ def run_demo(settings: DemoSettings, progress: Progress = lambda phase, done, to
     result.source = data.source
     module = FullyConnected(stream(settings.seed, 0)).to(device)
     with _timed(result, "pre-train", progress):
-        result.pretraining = _pretrain(module, data, settings)
+        result.pretraining = _pretrain(module, data, settings, lambda done, of: progress("pre-train", done, of))
     net = Perturbed(module, MultiplicativeGaussian(settings.std), include="*weight")
     for name in ("shared", "flipout", "independent"):
         with _timed(result, f"variance: {name}", progress) as count:
@@ -187,19 +187,20 @@ def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
         return float((net(inputs).argmax(1) == labels).float().mean())
 
 
-def _pretrain(module: nn.Module, data: Dataset, settings: DemoSettings) -> dict[str, float]:
-    """Gradient descent without noise until the training accuracy is reached."""
+def _pretrain(module: nn.Module, data: Dataset, settings: DemoSettings, report: Callable[[int, int], None]) -> dict[str, float]:
+    """Gradient descent without noise until the training accuracy is reached; reports the accuracy in per cent."""
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
     generator = stream(settings.seed, 1)
     steps, reached = 0, 0.0
     while reached < settings.accuracy and steps < 1000:
         loss = loss_function(module, data.train.sample(64, generator))
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         steps += 1
         if steps % 5 == 0:
             reached = accuracy(module, data.train.inputs, data.train.labels)
+            report(int(100 * min(reached, settings.accuracy)), round(100 * settings.accuracy))
     tested = accuracy(module, data.test.inputs, data.test.labels)
     return {"steps": steps, "train_accuracy": reached, "test_accuracy": tested}
 
@@ -241,7 +242,7 @@ def _train(module: nn.Module, data: Dataset, name: str, settings: DemoSettings, 
         total = 0.0
         for _ in micro_batches(net, settings.training_batch // rows, rows, noise):
             loss = loss_function(net, next(parts)) * (rows / settings.training_batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
         optimiser.step()
         losses.append(total)
@@ -253,14 +254,15 @@ def _train(module: nn.Module, data: Dataset, name: str, settings: DemoSettings, 
 @contextmanager
 def _timed(result: DemoResult, phase: str, progress: Progress) -> Iterator[Callable[[int], None]]:
     """Reports a phase to the progress display and its wall time to the result; yields a counter of its steps."""
-    done, total, started = 0, 1, time.perf_counter()
+    done, started = 0, time.perf_counter()
 
     def count(of: int) -> None:
-        nonlocal done, total
-        done, total = done + 1, of
-        progress(phase, min(done, of - 1), of)
+        nonlocal done
+        done += 1
+        progress(phase, done, of)
 
-    progress(phase, 0, total)
+    progress(phase, 0, 1)
     yield count
     result.seconds[phase] = time.perf_counter() - started
-    progress(phase, total, total)
+    if not done:
+        progress(phase, 1, 1)

@@ -30,9 +30,7 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"device {name!r} cannot be used here ({reason}); choose cpu, or cuda where torch finds a GPU"
-        ) from error
+        raise ArgumentError(f"device {name!r} cannot be used here ({reason}); choose cpu, or cuda where there is a GPU") from error
     return device
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["STYLES", "draw_demo", "errorbar"]
 
 #: Okabe and Ito's palette, safe for colour-blind readers; markers and lines differ as well, for print.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "shared": {"color": "#D55E00", "marker": "s", "linestyle": (0, (4, 2))},
     "flipout": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "independent": {"color": "#009E73", "marker": "D", "linestyle": (0, (1, 1.5))},
@@ -25,7 +25,7 @@ STYLES = {
     "low_rank": {"color": "#E69F00", "marker": "v", "linestyle": (0, (3, 1, 1, 1))},
 }
 
-_RC = {
+_RC: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -62,8 +62,12 @@ def errorbar(
 
 def _variance_panel(axes: Axes, result: DemoResult) -> None:
     sizes = np.array(result.settings.batch_sizes, dtype=float)
-    start = result.curves["flipout"][0].total.value
-    axes.plot(sizes, start / sizes, color="0.72", linewidth=5, solid_capstyle="round", zorder=0)
+    ideal = [
+        curve[i].total.value * size
+        for i, size in enumerate(sizes)
+        for curve in (result.curves["flipout"], result.curves["independent"])
+    ]
+    axes.plot(sizes, np.exp(np.mean(np.log(ideal))) / sizes, color="0.72", linewidth=5, solid_capstyle="round", zorder=0)
     offsets = {"shared": 0.96, "flipout": 1.0, "independent": 1.04}  # so that equal points are both seen
     for name, curve in result.curves.items():
         totals = [point.total for point in curve]
@@ -107,8 +111,7 @@ def _label_curves(axes: Axes, result: DemoResult) -> None:
 
 
 def _training_panel(axes: Axes, result: DemoResult) -> None:
-    for name in ("shared", "independent", "flipout"):
-        run = result.training[name]
+    for name, run in result.training.items():
         style = STYLES[name]
         losses = np.array(run.losses)
         steps = np.arange(1, len(losses) + 1)
@@ -119,6 +122,7 @@ def _training_panel(axes: Axes, result: DemoResult) -> None:
         axes.plot(steps[window - 1 :], smooth, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=label)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"step (N = {result.settings.training_batch})")
     axes.set_ylabel("training loss under noise (nats)")
     axes.set_ylim(bottom=0)

@@ -1,0 +1,157 @@
+"""The commands of ``flipout``, one function each: they parse, show progress and print; the work is done elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import flipout
+from flipout.moments import Estimate
+
+if TYPE_CHECKING:
+    from flipout.experiments.demo import DemoResult
+    from flipout.experiments.demo import Progress as Report
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Per-example random weights: measurements and experiments.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(flipout.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of the data split, the net, and every draw.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for result.json, demo.png and demo.svg.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds in place of a minute and a half: wide intervals.")] = False,
+) -> None:
+    """Show on real digits how the variance of a gradient falls with the batch: shared noise, flipout, independent noise."""
+    from flipout.experiments.demo import DemoSettings, run_demo, save_result  # after the options, so that --help is fast
+
+    console = Console()
+    settings = DemoSettings(seed=seed, device=device)
+    console.print(
+        "\n[bold]flipout demo[/bold]: gradients of a 784-512-512-10 net on MNIST digits, with noisy weights.\n"
+        "  shared        all examples of a batch of N have one noise\n"
+        "  flipout       that one noise, times random signs for each example\n"
+        "  independent   each example has a noise of its own: exact, and N times the cost\n"
+    )
+    with _bars(console) as report:
+        result = run_demo(settings.quick() if quick else settings, report)
+    _print_demo(console, result)
+    for path in save_result(result, out):
+        console.print(f"saved {path}", highlight=False, soft_wrap=True)
+    console.print(f"{sum(result.seconds.values()):.0f} s in all", highlight=False)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Report]:
+    """A progress bar for each phase that reports."""
+    columns = [
+        TextColumn("{task.description:<21}"), BarColumn(bar_width=22), MofNCompleteColumn(), TimeElapsedColumn(), 
+        TextColumn("left"), TimeRemainingColumn(),
+    ]  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bars:
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield report
+
+
+def _print_demo(console: Console, result: DemoResult) -> None:
+    settings, reached = result.settings, result.pretraining
+    console.print(f"\ndata: {result.source}", highlight=False)
+    console.print(
+        f"net: trained without noise for {reached['steps']:.0f} steps, to {100 * reached['train_accuracy']:.1f} % accuracy on its "
+        f"training images ({100 * reached['test_accuracy']:.1f} % on test images), then frozen\n",
+        highlight=False,
+    )
+    console.print(_variance_table(result))
+    console.print(_ratio_table(result))
+    console.print(_slope_table(result))
+    console.print(_training_table(result))
+    console.print(
+        f"Intervals are {100 * settings.confidence:.0f} % t-intervals. Under independent noise, draws at all N are built "
+        "from the same members. Accuracies are those of the mean weights.\n",
+        highlight=False,
+    )
+
+
+def _variance_table(result: DemoResult) -> Table:
+    table = Table(title="Variance of the gradient, summed over all weights (draws)", title_justify="left")
+    table.add_column("N", justify="right")
+    for name in result.curves:
+        table.add_column(name, justify="right")
+    for i, size in enumerate(result.settings.batch_sizes):
+        points = [curve[i] for curve in result.curves.values()]
+        table.add_row(f"{size:,}", *(f"{_spread(point.total)} ({point.draws})" for point in points))
+    return table
+
+
+def _ratio_table(result: DemoResult) -> Table:
+    table = Table(title="Relative to independent noise", title_justify="left")
+    table.add_column("N", justify="right")
+    table.add_column("shared / independent", justify="right")
+    table.add_column("flipout / independent", justify="right")
+    for i, size in enumerate(result.settings.batch_sizes):
+        table.add_row(f"{size:,}", *(_interval(result.ratio(name, "independent", i)) for name in ("shared", "flipout")))
+    return table
+
+
+def _slope_table(result: DemoResult) -> Table:
+    table = Table(title="Slope on log-log axes (-1 is 1/N)", title_justify="left")
+    table.add_column("estimator")
+    table.add_column("slope", justify="right")
+    for name in result.curves:
+        table.add_row(name, _interval(result.slope(name)))
+    return table
+
+
+def _training_table(result: DemoResult) -> Table:
+    settings = result.settings
+    title = f"One noisy training run each: {settings.training_steps} steps of N = {settings.training_batch}"
+    table = Table(title=title, title_justify="left")
+    for name in ("estimator", "last losses (nats)", "test accuracy", "seconds a step"):
+        table.add_column(name, justify="left" if name == "estimator" else "right")
+    for name, run in result.training.items():
+        last = run.losses[-10:]
+        mean = sum(last) / len(last)
+        table.add_row(name, f"{mean:.3f}", f"{100 * run.accuracy:.1f} %", f"{run.seconds / len(run.losses):.3f}")
+    return table
+
+
+def _spread(estimate: Estimate) -> str:
+    if estimate.high == float("inf"):
+        return f"{estimate.value:.3g}"
+    return f"{estimate.value:.3g} ±{100 * (estimate.high / estimate.value - 1):.0f} %"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.high == float("inf"):
+        return f"{estimate.value:.3g}"
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
