@@ -1,4 +1,4 @@
-"""Models that nobody here wrote, tiny, with random weights, from their configurations: what the model tests and docs/models.md name.
+"""Models that nobody here wrote: tiny, with random weights, from their configurations. The tests and docs/models.md name them.
 
 Each entry makes a model and a batch of inputs. Importing this module needs nothing; making an entry needs ``transformers``.
 """
@@ -6,13 +6,13 @@ Each entry makes a model and a batch of inputs. Importing this module needs noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ZOO", "Entry"]
+__all__ = ["MIXTRAL", "ZOO", "Entry"]
 
 VOCABULARY, LENGTH = 37, 6
 
@@ -27,6 +27,7 @@ class Entry:
         inputs: keyword arguments of a batch of ``n`` examples.
         exclude: the parameters that cannot be perturbed per example, with the reason in ``why``.
         generates: whether it has ``generate()``.
+        generate_inputs: its arguments, where they differ from ``inputs``.
     """
 
     name: str
@@ -35,9 +36,7 @@ class Entry:
     exclude: tuple[str, ...] = ()
     why: str = ""
     generates: bool = False
-    output: str = "logits"
     generate_inputs: Callable[[int], dict[str, Tensor]] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -80,6 +79,7 @@ def _built(family: str, head: str, **config: Any) -> Callable[[], nn.Module]:
 
 
 _WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+_PATCHES = {key: value for key, value in _WIDTHS.items() if key != "vocab_size"}
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GROUPED = {**_WIDTHS, **_SPECIAL, "num_key_value_heads": 2}
 
@@ -118,7 +118,7 @@ ZOO = [
         generates=True,
         generate_inputs=_sound,
     ),
-    Entry("ViT", _built("ViT", "ForImageClassification", **{k: v for k, v in _WIDTHS.items() if k != "vocab_size"}, image_size=16, patch_size=4), _image),
+    Entry("ViT", _built("ViT", "ForImageClassification", **_PATCHES, image_size=16, patch_size=4), _image),
     Entry(
         "ResNet",
         _built("ResNet", "ForImageClassification", embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"),
@@ -131,3 +131,7 @@ ZOO = [
         generates=True,
     ),
 ]  # fmt: skip
+
+MIXTRAL = Entry(
+    "Mixtral", _built("Mixtral", "ForCausalLM", **_GROUPED, num_local_experts=4, num_experts_per_tok=2), _text, generates=True
+)
