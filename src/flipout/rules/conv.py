@@ -207,7 +207,8 @@ def _grouped(x: Tensor, kernels: Tensor, members: int, geometry: Geometry) -> Te
     each = x.shape[0] // members
     folded = x.unflatten(0, (members, each)).transpose(0, 1).flatten(1, 2)
     y = geometry(folded, kernels, groups=members * geometry.groups)
-    return y.unflatten(1, (members, -1)).transpose(0, 1).flatten(0, 1)
+    rows: Tensor = y.unflatten(1, (members, -1)).transpose(0, 1).flatten(0, 1)
+    return rows
 
 
 def _dense(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -232,7 +233,8 @@ def _register() -> None:
 
         _register_for_all(operation, forward)
 
-    for rank, operation in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1):
+    transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    for rank, transpose in enumerate(transposed, 1):
 
         def backward(
             input: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
@@ -243,7 +245,7 @@ def _register() -> None:
             geometry = Geometry(_rank, stride, padding, dilation, True, output_padding, groups)
             return convolve(input, weight, bias, geometry, f"conv_transpose{_rank}d")
 
-        _register_for_all(operation, backward)
+        _register_for_all(transpose, backward)
 
 
 def _register_for_all(operation: Any, function: Any) -> None:

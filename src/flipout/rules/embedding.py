@@ -62,8 +62,8 @@ def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
         layout, name = weight.batch, weight.origin.name
     raise BatchError(
         f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own "
-        f"input has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all examples share "
-        f"need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
+        f"input has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all "
+        f"examples share need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
     )
 
 
@@ -96,6 +96,7 @@ def embedding(
 ) -> Tensor:
     if max_norm is not None:
         raise missing_rule(F.embedding, weight, (input, weight), "max_norm rewrites the table in place")
+
     def read(indices: Tensor, table: Tensor) -> Tensor:
         return F.embedding(indices, table, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
 

@@ -198,8 +198,8 @@ def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
     if x.dim() - axis - 1 < ndim or weight.batch.members is None:
         raise BatchError(
             f"a product of an input of shape {tuple(x.shape)} with the stack of matrices {weight.origin.name!r} "
-            f"{tuple(weight.mean_weight.shape)} cannot tell the examples apart: the batch dimension must stand before the stack's own "
-            "axes. Where rows are routed among examples (a mixture of experts), exclude the parameter"
+            f"{tuple(weight.mean_weight.shape)} cannot tell the examples apart: the batch dimension must stand before the stack's "
+            "own axes. Where rows are routed among examples (a mixture of experts), exclude the parameter"
         )
     weights = weight.dense()
     rows = x.shape[axis]
@@ -249,9 +249,9 @@ def bmm(a: Any, b: Any) -> Tensor:
         if other.shape[0] == 1 == carrier.batch.rows:
             return matmul(matrix, other) if carrier is a else matmul(other, matrix)
     raise BatchError(
-        f"bmm met the stack of matrices {carrier.origin.name!r} {tuple(carrier.mean_weight.shape)}: its leading axis indexes the stack, so "
-        "the rows of the batch cannot be told apart (a mixture of experts routes rows this way). Use matmul on [batch, stack, rows, "
-        "in], or exclude the parameter"
+        f"bmm met the stack of matrices {carrier.origin.name!r} {tuple(carrier.mean_weight.shape)}: its leading axis indexes the "
+        "stack, so the rows of the batch cannot be told apart (a mixture of experts routes rows this way). Use matmul on [batch, "
+        "stack, rows, in], or exclude the parameter"
     )
 
 
@@ -265,8 +265,8 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
     if isinstance(scaled, PerturbedWeight) and isinstance(mat1, PerturbedWeight):
         if scaled.dim() == 1 != scaled.shape[0]:
             raise BatchError(
-                f"addmm of the perturbed matrix {mat1.origin.name!r} with the vector {scaled.origin.name!r} {tuple(scaled.shape)} would "
-                "align the vector with the rows of the batch; make it a column [out, 1], or exclude it"
+                f"addmm of the perturbed matrix {mat1.origin.name!r} with the vector {scaled.origin.name!r} {tuple(scaled.shape)} "
+                "would align the vector with the rows of the batch; make it a column [out, 1], or exclude it"
             )
         return _add_bias(product.t(), scaled.t()).t()
     return _add_bias(product, scaled)

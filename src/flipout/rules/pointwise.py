@@ -73,7 +73,7 @@ def _multiply(weight: PerturbedWeight, value: Any, operation: Any) -> PerturbedW
     return weight.map(lambda tensor: operation(tensor, value))
 
 
-def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Tensor:
+def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     """A perturbed operand with rows of data."""
     weight, x = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
     if isinstance(x, PerturbedWeight):
@@ -174,21 +174,11 @@ def _exact(operation: Any) -> None:
     rule(operation, Estimator)(apply)
 
 
-for _operation in (torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.relu, torch.abs, torch.square, torch.sqrt, torch.rsqrt):
-    _exact(_operation)
-    _exact(getattr(torch.Tensor, _operation.__name__))
-for _operation in (
-    F.softplus,
-    F.relu,
-    F.silu,
-    F.gelu,
-    torch.pow,
-    torch.Tensor.pow,
-    torch.Tensor.__pow__,
-    torch.reciprocal,
-    torch.clamp,
-):
-    _exact(_operation)
+for _name in ("exp", "log", "tanh", "sigmoid", "relu", "abs", "square", "sqrt", "rsqrt", "reciprocal", "pow", "clamp"):
+    _exact(getattr(torch, _name))
+    _exact(getattr(torch.Tensor, _name))
+for _function in (torch.Tensor.__pow__, F.softplus, F.relu, F.silu, F.gelu):
+    _exact(_function)
 
 
 @rule((F.prelu, torch.prelu), Estimator)

@@ -28,6 +28,11 @@ _sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope = torch.ops.aten.tanh_backward.grad_input
 _relu_slope = torch.ops.aten.threshold_backward.grad_input
 
+#: oneDNN's product with a weight in its own layout, where torch is built with it.
+_lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_LARGE = 2**18
+
 
 class SignedMatrix(NamedTuple):
     """A matrix of the layer, ``mean + r sᵀ ∘ base`` for each sequence.
@@ -140,13 +145,30 @@ class _Rows:
         return torch.zeros_like(like).index_add_(0, self.index, buffer)
 
 
+def _laid_out(weight: Tensor, steps: Steps) -> Callable[[Tensor], Tensor] | None:
+    """h ↦ h Wᵀ with W brought once into the layout that the product computes in; None where that is not to be had, or no faster.
+
+    A product of a few rows with a large matrix spends much of its time on that layout. A plain layer on a CPU avoids it likewise.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _LARGE or len(steps.sizes) < 8:
+        return None
+    if _lay_out is None or _product is None or not steps.rows or not torch.backends.mkldnn.enabled:
+        return None
+    packed = _lay_out(weight.detach(), steps.rows)
+    product: Callable[..., Tensor] = _product
+    return lambda h: product(h, packed, None, "none", [], "")
+
+
 class _Hidden:
     """The recurrent pair of products at one step, in buffers that all steps share."""
 
-    def __init__(self, matrix: SignedMatrix, rows: int) -> None:
+    def __init__(self, matrix: SignedMatrix, steps: Steps, forward: bool) -> None:
         mean, self.base, s, r = matrix
         out, width = mean.shape
+        rows = steps.rows
         self.mean, self.mean_t = mean, mean.t()
+        self.of_mean = _laid_out(mean, steps) if forward else None
+        self.of_base = _laid_out(self.base, steps) if forward and self.base is not None else None
         if self.base is not None and s is not None and r is not None:
             self.base_t = self.base.t()
             self.s, self.r = _numbers(s, width, mean.dtype), _numbers(r, out, mean.dtype)
@@ -162,11 +184,14 @@ class _Hidden:
 
     def add_(self, gates: Tensor, h: Tensor) -> None:
         """gates += W̄ h + r ∘ (ΔW (s ∘ h))."""
-        gates.addmm_(h, self.mean_t)
+        if self.of_mean is None:
+            gates.addmm_(h, self.mean_t)
+        else:
+            gates.add_(self.of_mean(h))
         if self.base is not None:
             s, r, signed, z = self._signs(len(h))
             torch.mul(h, s, out=signed)
-            torch.mm(signed, self.base_t, out=z)
+            z = torch.mm(signed, self.base_t, out=z) if self.of_base is None else self.of_base(signed)
             gates.addcmul_(z, r)
 
     def back_(self, dh: Tensor, gates: Tensor, keep: bool = False) -> None:
@@ -182,7 +207,7 @@ class _Hidden:
 def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Output, last hidden and cell state; then what backward needs: the activated gates, and a second buffer of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    rows, hidden = _Rows(steps, x.device), _Hidden(SignedMatrix(*tensors[9:]), steps.rows)
+    rows, hidden = _Rows(steps, x.device), _Hidden(SignedMatrix(*tensors[9:]), steps, forward=True)
     gates = _input_products(rows, x, bias_x, SignedMatrix(*tensors[5:9]))
     if cell is Cell.LSTM:
         output, cells = _lstm(steps, gates, h0, c0, hidden)
@@ -298,7 +323,7 @@ def _backward(
     pieces = None if gy is None else gy.split(steps.sizes)
     dh = torch.zeros_like(h0) if gh is None else gh.clone(memory_format=torch.contiguous_format)
     dc = None if c0 is None else torch.zeros_like(c0) if gc is None else gc.clone(memory_format=torch.contiguous_format)
-    hidden, rows = _Hidden(recurrent, steps.rows), _Rows(steps, x.device)
+    hidden, rows = _Hidden(recurrent, steps, forward=False), _Rows(steps, x.device)
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
         d_hidden, d_candidate = _gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)

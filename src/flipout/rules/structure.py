@@ -277,7 +277,7 @@ def chunk(weight: PerturbedWeight, chunks: int, dim: int = 0) -> tuple[Perturbed
 
 @rule((torch.split, torch.Tensor.split, torch.functional.split, torch.split_with_sizes, torch.Tensor.split_with_sizes), Estimator)
 def split(weight: PerturbedWeight, split_size_or_sections: Any, dim: int = 0) -> tuple[PerturbedWeight, ...]:
-    pieces = weight.mean_weight.split(split_size_or_sections, dim)  # type: ignore[no-untyped-call]
+    pieces = weight.mean_weight.split(split_size_or_sections, dim)
     return _cut(weight, [piece.shape[dim] for piece in pieces], dim)
 
 
@@ -316,7 +316,7 @@ def _mapped(*operations: Any) -> None:
 
     for operation in operations:
 
-        def linear_map(weight: PerturbedWeight, *args: Any, _operation: Any = operation, **kwargs: Any) -> PerturbedWeight:
+        def linear_map(weight: Any, *args: Any, _operation: Any = operation, **kwargs: Any) -> Any:
             if not isinstance(weight, PerturbedWeight):  # plain.to(weight) and the like
                 return _operation(weight, *(a.mean_weight if isinstance(a, PerturbedWeight) else a for a in args), **kwargs)
             return weight.map(lambda tensor: _operation(tensor, *args, **kwargs))
