@@ -7,9 +7,12 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from benchmarks.harness import MIN_ROUNDS, Section
+from benchmarks.harness import MIN_ROUNDS
+from benchmarks.report import Section
 
 NAMES = ["linear", "conv", "memory", "overhead", "compiled", "recurrent", "attention"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +34,19 @@ def available() -> list[str]:
     return [name for name in NAMES if importlib.util.find_spec(f"benchmarks.{name}") is not None]
 
 
+def result(name: str, rounds: int) -> Section:
+    """What ``run`` of the file returns; the printed text of a file that has none."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "run"):
+        section: Section = module.run(rounds)
+        return section
+    section = Section(name, f"{name.capitalize()}", "")
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", str(rounds)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    section.text = f"{(module.__doc__ or '').splitlines()[0]}\n\n```text\n{printed.rstrip()}\n```"
+    return section
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which to run: {', '.join(available())} (default: all)")
@@ -43,7 +59,7 @@ def main() -> None:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(available())}")
     chosen.results.mkdir(parents=True, exist_ok=True)
     for name in chosen.names or available():
-        section: Section = importlib.import_module(f"benchmarks.{name}").run(chosen.rounds)
+        section = result(name, chosen.rounds)
         print(section.markdown(), flush=True)
         written = json.dumps(section.json(), indent=2, ensure_ascii=False)
         (chosen.results / f"{name}.json").write_text(written + "\n", encoding="utf-8")

@@ -7,7 +7,8 @@ from torch import nn
 
 import flipout
 from benchmarks import peers
-from benchmarks.harness import MIN_ROUNDS, Section, forward_backward, race
+from benchmarks.harness import MIN_ROUNDS, forward_backward, race
+from benchmarks.report import Section
 
 CHANNELS, KERNEL, INPUT = 64, 3, (64, 64, 32, 32)
 LEARNABLE_BOUND = 2.4

@@ -1,28 +1,29 @@
-"""Races: contestants timed side by side in one process, and the record of what came out.
+"""Races: contestants timed side by side in one process.
 
 A machine's speed drifts, so no two timings taken apart are compared. In each round every contestant runs once, in an order that
 rotates from round to round; a ratio is the median over rounds of the contestant's time over the baseline's time in the same
 round, and its spread the interquartile range of these ratios.
+
+Other processes on the machine slow what uses two threads more than what uses one, and so bend ratios too. Where the system
+tells (Linux), blocks of rounds during which others used more than a twentieth of it are set aside, and the race waits for quiet
+up to a limit; past that the disturbed rounds are used as well, and the table shows how busy the others were.
 """
 
 from __future__ import annotations
 
-import datetime
 import gc
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Row", "Section", "Target", "Timing", "environment", "forward_backward", "race"]
+__all__ = ["MIN_ROUNDS", "THREADS", "Timing", "forward_backward", "race"]
 
 THREADS = 2
 MIN_ROUNDS = 15
@@ -52,86 +53,6 @@ class Timing:
     high: float
     rounds: int
     others: float | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound on a measured number."""
-
-    what: str
-    value: float
-    bound: float
-    at_least: bool = False
-    spread: tuple[float, float] | None = None
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting of a benchmark: what was run, and cells of text or numbers by column."""
-
-    name: str
-    cells: dict[str, Any]
-
-
-@dataclass
-class Section:
-    """The result of one benchmark file.
-
-    Attributes:
-        name: the file's name.
-        title: a heading.
-        text: what was measured and how, in Markdown.
-        rows: one table row each; all have the same columns.
-        targets: bounds, met or missed.
-        notes: what a reader should know besides, such as skipped peers.
-        environment: the machine, filled in when the section is made.
-    """
-
-    name: str
-    title: str
-    text: str
-    rows: list[Row] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=lambda: environment())
-
-    def add_race(self, name: str, timings: Mapping[str, Timing]) -> None:
-        """Adds one table row a contestant."""
-        for contestant, t in timings.items():
-            cells = {"contestant": contestant, "ms": t.milliseconds, "ratio": t.ratio, "quartiles": f"{t.low:.2f} – {t.high:.2f}"}
-            others = "?" if t.others is None else f"{100 * t.others:.0f} %"
-            self.rows.append(Row(name, {**cells, "rounds": t.rounds, "others": others}))
-
-    def add_target(self, what: str, timing: Timing, bound: float) -> None:
-        """A bound from above on a contestant's ratio to the baseline."""
-        self.targets.append(Target(what, timing.ratio, bound, spread=(timing.low, timing.high)))
-
-    def markdown(self) -> str:
-        """Heading, machine, table, targets and notes."""
-        parts = [f"## {self.title}", self.text, f"*{describe(self.environment)}*"]
-        if self.rows:
-            columns = ["", *self.rows[0].cells]
-            parts.append(table(columns, [[row.name, *row.cells.values()] for row in self.rows]))
-        if self.targets:
-            header = ["target", "measured", "quartiles", "bound", ""]
-            parts.append(table(header, [_target_cells(target) for target in self.targets]))
-        if self.notes:
-            parts.append("\n".join(f"* {note}" for note in self.notes))
-        return "\n\n".join(parts) + "\n"
-
-    def json(self) -> dict[str, Any]:
-        """Everything, as plain data."""
-        return {**asdict(self), "targets": [{**asdict(t), "met": t.met} for t in self.targets]}
-
-
-def _target_cells(target: Target) -> list[str]:
-    spread = f"{target.spread[0]:.2f} – {target.spread[1]:.2f}" if target.spread else ""
-    sign = "≥" if target.at_least else "≤"
-    return [target.what, _cell(target.value), spread, f"{sign} {target.bound:g}", "met" if target.met else "**missed**"]
 
 
 def race(
@@ -187,7 +108,7 @@ def _rounds(
     while len(quiet) < rounds:
         patience -= _wait_for_quiet(patience)
         load = _Load()
-        block = []
+        block: list[dict[str, float]] = []
         while len(block) < rounds - len(quiet) and (not block or load.seconds() < BLOCK):
             start = turn % len(names)
             times = {name: _time(contestants[name], calls) for name in names[start:] + names[:start]}
@@ -279,61 +200,3 @@ def forward_backward(net: nn.Module, *inputs: Tensor, **arguments: Any) -> Calla
         y.backward(gradient[0])
 
     return step
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions, with the load it was under."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "load": load,
-        "wait policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flipout": _version("flipout"),
-        "bayesian-torch": _version("bayesian-torch"),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def describe(env: Mapping[str, Any]) -> str:
-    """One line on the machine."""
-    load = "" if env["load"] is None else f", load average {env['load']:.1f} at the start"
-    policy = "" if env["wait policy"] == "default" else f" (OMP_WAIT_POLICY={env['wait policy']})"
-    peer = f", bayesian-torch {env['bayesian-torch']}" if env["bayesian-torch"] else ""
-    return (
-        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads{policy}, torch {env['torch']}, "
-        f"Python {env['python']}{peer}; {env['date']}{load}"
-    )
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        if "model name" in fields:
-            return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)

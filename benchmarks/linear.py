@@ -7,7 +7,8 @@ from torch import nn
 
 import flipout
 from benchmarks import peers
-from benchmarks.harness import MIN_ROUNDS, Section, Target, forward_backward, race
+from benchmarks.harness import MIN_ROUNDS, forward_backward, race
+from benchmarks.report import Section, Target
 
 SIZES = [(8192, 784, 512), (1024, 1024, 1024), (128, 1024, 1024)]
 LEARNABLE_BOUND = {8192: 2.3, 1024: 2.3, 128: 3.2}

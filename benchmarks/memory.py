@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import flipout
 from benchmarks import peers
-from benchmarks.harness import MIN_ROUNDS, THREADS, Row, Section, Target, forward_backward
+from benchmarks.harness import MIN_ROUNDS, THREADS, forward_backward
+from benchmarks.report import Row, Section, Target
 
 LINEAR = (8192, 784, 512)
 CONV_INPUT = (64, 64, 32, 32)

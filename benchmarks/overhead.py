@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import flipout
-from benchmarks.harness import MIN_ROUNDS, Section, race
+from benchmarks.harness import MIN_ROUNDS, race
+from benchmarks.report import Section
 
 ROWS = 32
 HOLD_BOUND, FREE_BOUND = 5.0, 9.0
