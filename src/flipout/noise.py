@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, TransformedDistribution
 
 from flipout.errors import ArgumentError
 from flipout.modes import composed
@@ -182,7 +182,7 @@ class Rademacher(Noise):
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:
         on_support = torch.isclose(unit.abs(), torch.ones_like(unit))
-        return torch.where(on_support, -math.log(2.0), -math.inf)
+        return torch.where(on_support, unit.new_full((), -math.log(2.0)), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ class DropConnect(Noise):
     def unit_log_prob(self, unit: Tensor) -> Tensor:
         kept = torch.isclose(unit, torch.full_like(unit, self.p / (1 - self.p)))
         dropped = torch.isclose(unit, torch.full_like(unit, -1.0))
-        return torch.where(kept, math.log1p(-self.p), torch.where(dropped, math.log(self.p), -math.inf))
+        log_dropped = torch.where(dropped, unit.new_full((), math.log(self.p)), -math.inf)
+        return torch.where(kept, unit.new_full((), math.log1p(-self.p)), log_dropped)
 
 
 @dataclass(frozen=True)
@@ -291,9 +292,12 @@ class FromDistribution(Noise):
         return drawn.detach().to(dtype=dtype, device=device)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:
-        inside = self.dist.support.check(unit)  # type: ignore[union-attr]
-        safe = torch.where(inside, unit, torch.zeros_like(unit))
-        return torch.where(inside, self.dist.log_prob(safe), -math.inf)
+        inside = _inside(self.dist, unit)
+        if not bool(inside.all()):
+            possible = _seeded_sample(self.dist, None, torch.device("cpu"), seed=0).to(unit)
+            return torch.where(inside, self.dist.log_prob(torch.where(inside, unit, possible)), -math.inf)
+        density: Tensor = self.dist.log_prob(unit)
+        return density
 
 
 def _check_scale(kind: str, std: float | Tensor) -> None:
@@ -326,10 +330,19 @@ def _check_distribution(dist: Any) -> None:
 def _is_even(dist: Distribution) -> bool:
     """Whether the density is even, asked of the law's own draws."""
     drawn = _seeded_sample(dist.expand(torch.Size([256, *dist.batch_shape])), None, torch.device("cpu"), seed=0)
-    inside: Any = dist.support.check(-drawn)  # type: ignore[union-attr]
-    if not bool(inside.all()):
+    if not bool(_inside(dist, -drawn).all()):
         return False
     return torch.allclose(dist.log_prob(drawn), dist.log_prob(-drawn), rtol=1e-4, atol=1e-4)
+
+
+def _inside(dist: Distribution, value: Tensor) -> Tensor:
+    """Where a value has a density. A transformed law names the range of its last transform alone as its support."""
+    inside: Tensor = dist.support.check(value)  # type: ignore[union-attr]
+    if isinstance(dist, TransformedDistribution):
+        for transform in reversed(dist.transforms):
+            value = transform.inv(value)
+        inside = inside & _inside(dist.base_dist, value)
+    return inside
 
 
 def _inverse_draw(law: Distribution, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:

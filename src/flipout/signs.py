@@ -84,7 +84,7 @@ def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 def pack(signs: Tensor) -> Tensor:
     """The inverse of :func:`unpack`: signs ``[rows, size]`` to bits ``[rows, ceil(size / 8)]``."""
     rows, size = signs.shape
-    bits = torch.nn.functional.pad((signs > 0).to(torch.uint8), (0, -size % 8)).view(rows, -1, 8)
+    bits = torch.nn.functional.pad((signs > 0).to(torch.uint8), (0, -size % 8)).view(rows, packed_size(size), 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=signs.device)).sum(-1, dtype=torch.uint8)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases.base import Case, floats
 from torch import nn
+
+from cases.base import Case, floats
 
 WIDTH, LENGTH = 8, 3
 

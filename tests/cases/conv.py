@@ -4,8 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases.base import Case, floats
 from torch import nn
+
+from cases.base import Case, floats
 
 
 def _conv(name: str, kind: Any, channels: tuple[int, int, Any], positions: tuple[int, ...], **options: Any) -> Case:
@@ -50,7 +51,17 @@ CASES = [
     _conv("conv_transpose1d", T1, (3, 4, 3), (5,)),
     _conv("conv_transpose1d_output_padding", T1, (3, 4, 3), (5,), stride=2, padding=1, output_padding=1),
     _conv("conv_transpose2d", T2, (3, 4, 3), (4, 4)),
-    _conv("conv_transpose2d_all", T2, (4, 6, (3, 2)), (4, 3), stride=(2, 3), padding=1, output_padding=(1, 0), groups=2, dilation=(2, 1)),
+    _conv(
+        "conv_transpose2d_all",
+        T2,
+        (4, 6, (3, 2)),
+        (4, 3),
+        stride=(2, 3),
+        padding=1,
+        output_padding=(1, 0),
+        groups=2,
+        dilation=(2, 1),
+    ),
     _conv("conv_transpose2d_depthwise", T2, (4, 4, 3), (3, 3), groups=4, bias=False),
     _conv("conv_transpose3d", T3, (2, 3, 2), (2, 3, 2), stride=(1, 2, 1)),
     Case("cnn", Pooled, floats(2, 6, 6), affine=False),

@@ -4,9 +4,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases.base import Case, Inputs, floats, given, indices
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cases.base import Case, Inputs, floats, given, indices
 
 
 class Bags(nn.Module):
@@ -52,7 +53,14 @@ class WeightedBag(nn.Module):
 
 
 def _bag(name: str, inputs: Inputs, **options: Any) -> Case:
-    return Case(name, partial(nn.EmbeddingBag, 7, 4, **options), inputs, affine=options.get("mode") != "max", twice=False, smooth="padding_idx" not in options)
+    return Case(
+        name,
+        partial(nn.EmbeddingBag, 7, 4, **options),
+        inputs,
+        affine=options.get("mode") != "max",
+        twice=False,
+        smooth="padding_idx" not in options,
+    )
 
 
 CASES = [
@@ -78,6 +86,10 @@ CASES = [
     Case("positions", given(lambda m, x: x + m.w, w=(1, 4, 5)), floats(4, 5), local=True),
     Case("positions_sliced", given(lambda m, x: x + m.w[:, : x.shape[1]], w=(1, 6, 5)), floats(4, 5), local=True),
     Case("positions_matrix", given(lambda m, x: x + m.w[: x.shape[1]], w=(6, 5)), floats(4, 5)),
-    Case("class_token", given(lambda m, x: torch.cat([m.w.expand(x.shape[0], -1, -1), x], 1), w=(1, 1, 5)), floats(4, 5), local=True),
-    Case("class_token_repeat", given(lambda m, x: torch.cat([m.w.expand(len(x), 2, 5), x], 1), w=(1, 1, 5)), floats(4, 5), local=True),
+    Case(
+        "class_token", given(lambda m, x: torch.cat([m.w.expand(x.shape[0], -1, -1), x], 1), w=(1, 1, 5)), floats(4, 5), local=True
+    ),
+    Case(
+        "class_token_repeat", given(lambda m, x: torch.cat([m.w.expand(len(x), 2, 5), x], 1), w=(1, 1, 5)), floats(4, 5), local=True
+    ),
 ]

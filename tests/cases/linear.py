@@ -1,9 +1,10 @@
 """linear, addmm, matmul and its kin on either side, stacks of matrices, bilinear."""
 
 import torch
-from cases.base import Case, floats, given, second
 from torch import nn
 from torch.nn import functional as F
+
+from cases.base import Case, floats, given, second
 
 
 class Twice(nn.Module):
@@ -56,7 +57,9 @@ LAYERS = [
 
 MATRICES = [
     Case("addmm", given(lambda m, x: torch.addmm(m.b, x, m.w), w=(5, 3), b=(3,)), floats(5), local=True),
-    Case("addmm_scaled", given(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=-2.0), w=(5, 3), b=(3,)), floats(5), local=True),
+    Case(
+        "addmm_scaled", given(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=-2.0), w=(5, 3), b=(3,)), floats(5), local=True
+    ),
     Case("addmm_method", given(lambda m, x: x[:, :3].addmm(x, m.w), **V), floats(5), local=True),
     Case("addmm_weight_left", given(lambda m, x: torch.addmm(m.b, m.w, x.t()).t(), w=(3, 5), b=(3, 1)), floats(5)),
     Case("matmul_right", given(lambda m, x: x @ m.w, **V), floats(5), local=True),

@@ -1,9 +1,10 @@
 """Normalisation layers: gains and biases."""
 
 import torch
-from cases.base import Case, floats, given, second
 from torch import nn
 from torch.nn import functional as F
+
+from cases.base import Case, floats, given, second
 
 CASES = [
     Case("layer_norm", lambda: nn.LayerNorm(5), floats(5), local=True),
@@ -13,7 +14,12 @@ CASES = [
     Case("layer_norm_gain_only", lambda: nn.LayerNorm(5, bias=False), floats(4, 5), local=True),
     Case("layer_norm_bias_alone", lambda: nn.LayerNorm(5), floats(4, 5), exclude=("weight",), local=True),
     Case("layer_norm_gain_alone", lambda: nn.LayerNorm(5), floats(4, 5), exclude=("bias",), local=True),
-    Case("layer_norm_folded", given(lambda m, x: F.layer_norm(x.flatten(0, 1), (5,), m.w).view(x.shape), w=(5,)), floats(4, 5), local=True),
+    Case(
+        "layer_norm_folded",
+        given(lambda m, x: F.layer_norm(x.flatten(0, 1), (5,), m.w).view(x.shape), w=(5,)),
+        floats(4, 5),
+        local=True,
+    ),
     Case("rms_norm", lambda: nn.RMSNorm(5), floats(4, 5), local=True),
     Case("group_norm", lambda: nn.GroupNorm(2, 4), floats(4, 3, 3), local=True),
     Case("group_norm_2d", lambda: nn.GroupNorm(2, 4), floats(4), local=True),

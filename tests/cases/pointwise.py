@@ -1,8 +1,9 @@
 """Sums, products and functions of weights and data, entry by entry."""
 
 import torch
-from cases.base import Case, floats, given, second
 from torch.nn import functional as F
+
+from cases.base import Case, floats, given, second
 
 V = {"w": (5,)}
 S = {"w": ()}

@@ -1,8 +1,9 @@
 """What models do to a weight before they use it: views, slices, casts, joins."""
 
 import torch
-from cases.base import Case, floats, given, indices
 from torch.nn import functional as F
+
+from cases.base import Case, floats, given, indices
 
 W = {"w": (3, 5)}
 QKV = {"w": (9, 5)}
