@@ -1,5 +1,6 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
+from flipout import variance
 from flipout.draw import Draw
 from flipout.errors import (
     ArgumentError,
@@ -43,4 +44,5 @@ __all__ = [
     "UnsupportedNoiseError",
     "perturbed",
     "rule",
+    "variance",
 ]
