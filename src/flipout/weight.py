@@ -318,6 +318,10 @@ class PerturbedWeight(torch.Tensor):
             carrier = next(carriers_in((args, kwargs)))
         if carrier.recorded and not torch.is_grad_enabled() and _inside_autograd_function():
             raise missing_rule(func, carrier, args, _HIDDEN)
+        if "out" in kwargs:
+            if kwargs["out"] is not None:
+                raise missing_rule(func, carrier, args, "out= would write each example's result into one tensor")
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         found = find_rule(func, type(carrier.origin.estimator))
         if found is None:
             if carrier.origin.fallback == "loop":
@@ -363,7 +367,8 @@ def operation_name(func: Any) -> str:
     name = torch.overrides.resolve_name(func) if callable(func) else None
     if name is None and getattr(func, "__name__", "") in {"__get__", "__set__"}:
         name = f"torch.Tensor.{getattr(func.__self__, '__name__', '?')}"
-    return name or getattr(func, "__qualname__", None) or str(func)
+    name = name or getattr(func, "__qualname__", None) or str(func)
+    return name.replace("_VariableFunctionsClass.", "torch.")
 
 
 def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") -> MissingRuleError:
@@ -376,6 +381,13 @@ def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") 
         f"dropped in silence: pass exclude={carrier.origin.name!r} to leave this parameter unperturbed, write a rule with "
         f'@flipout.rule({name}, ...), or pass fallback="loop" to run the operation once per member'
     )
+
+
+def require_data(func: Any, *operands: Any) -> None:
+    """Raises MissingRuleError if a weight stands where an operation takes data."""
+    for operand in operands:
+        if isinstance(operand, PerturbedWeight):
+            raise missing_rule(func, operand, operands, "it stands where the data should")
 
 
 def loop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
