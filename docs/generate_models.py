@@ -10,6 +10,9 @@ from flipout import Flipout, Independent, LocalReparameterization, LowRank, Shar
 from flipout.registry import find_rule, rules
 from flipout.weight import operation_name
 
+#: Families with a rule for every estimator, where LocalReparameterization finds a weight used more than once and refuses it.
+SHARE_WEIGHTS = {"attention", "embedding", "recurrent"}
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 ESTIMATORS = (Flipout, Shared, Independent, LowRank, LocalReparameterization)
@@ -29,7 +32,7 @@ FAMILIES = {
         "one draw a sequence, held over time; `Flipout(per_step=True)` is the other choice",
     ),
     "attention": (
-        "`MultiheadAttention`, `Transformer`, its encoder and decoder layers and stacks, in training and evaluation",
+        "`MultiheadAttention`, `Transformer`, its layers and stacks, in training and evaluation",
         "each row's own four projections; torch's fused evaluation paths are not taken while weights are perturbed",
     ),
     "embedding": (
@@ -50,7 +53,7 @@ FAMILIES = {
     ),
     "routed": (
         "stacks of experts that rows are routed to (Mixtral)",
-        'only `Flipout(granularity="token")`; one weight per example is refused by name, since routed rows have lost their example',
+        "one weight per token; one weight per example is refused by name, since routed rows have lost their example",
     ),
 }
 
@@ -141,10 +144,13 @@ def _operations() -> list[str]:
     for family in FAMILIES:
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name, estimators in sorted(found[family].items()):
-            if not name.startswith("__") or name == "__getitem__":
-                served = tuple(kind.__name__ for kind in ESTIMATORS if kind is Shared or kind.__name__ in estimators)
+            if name == "__getitem__" or not name.startswith("__") and name != "spmm":  # an alias of mm
+                refused = {"LocalReparameterization"} if family in SHARE_WEIGHTS else set()
+                served = tuple(kind.__name__ for kind in ESTIMATORS if kind is Shared or kind.__name__ in estimators - refused)
                 groups[served].append(f"`{name}`")
         for served, names in groups.items():
+            if family == "routed":
+                served = ("Flipout(granularity='token')", "Shared")
             listed = "all" if len(served) == len(ESTIMATORS) else ", ".join(f"`{name}`" for name in served)
             lines.append(f"| {family} | {', '.join(names)} | {listed} |")
     return lines
@@ -160,7 +166,7 @@ def _models() -> list[str]:
     for entry in ZOO:
         excluded = ", ".join(f"`{pattern}`" for pattern in entry.exclude) or "nothing"
         lines.append(f"| {entry.name} | {'yes' if entry.generates else '–'} | {excluded} | {entry.why} |")
-    why = 'or exclude nothing and use `Flipout(granularity="token")`: rows are routed to a stack of experts'
+    why = "rows are routed to a stack of experts; nothing need be excluded with `Flipout(granularity='token')`"
     lines.append(f"| {MIXTRAL.name} | – | `*.experts.*` | {why} |")
     return lines
 
