@@ -99,13 +99,13 @@ TAIL = """
   the same draw.
 * **The batch is not on dimension 0**: `Perturbed(..., batch_dim=1)`. Recurrent and attention modules wrapped by themselves use
   their own `batch_first`.
-* **Attention with `kdim` or `vdim`** whose `q_proj_weight`, `k_proj_weight` or `v_proj_weight` alone are perturbed: torch shows them
-  to no rule; include `out_proj.weight` or `in_proj_bias` as well.
+* **Attention with `kdim` or `vdim`** whose `q_proj_weight`, `k_proj_weight` or `v_proj_weight` alone are perturbed: torch shows
+  them to no rule; include `out_proj.weight` or `in_proj_bias` as well.
 
 ## Loops that own the model
 
-`flipout.perturbed` around the forward pass works inside a Lightning `training_step`, a Hugging Face `Trainer.compute_loss`, and with
-`DistributedDataParallel`, which averages the ranks' gradients as ever. Give each rank a generator with its own seed: ranks that
+`flipout.perturbed` around the forward pass works inside a Lightning `training_step`, a Hugging Face `Trainer.compute_loss`, and
+with `DistributedDataParallel`, which averages the ranks' gradients as ever. Give each rank a generator with its own seed: ranks that
 share a seed share their noise. Between calls the model holds its own parameters, so optimisers, clipping and checkpoints are those
 of the plain model.
 
@@ -144,7 +144,7 @@ def _operations() -> list[str]:
     for family in FAMILIES:
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name, estimators in sorted(found[family].items()):
-            if name == "__getitem__" or not name.startswith("__") and name != "spmm":  # an alias of mm
+            if name == "__getitem__" or (not name.startswith("__") and name != "spmm"):  # an alias of mm
                 refused = {"LocalReparameterization"} if family in SHARE_WEIGHTS else set()
                 served = tuple(kind.__name__ for kind in ESTIMATORS if kind is Shared or kind.__name__ in estimators - refused)
                 groups[served].append(f"`{name}`")
