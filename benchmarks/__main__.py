@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.harness import MIN_ROUNDS
+from benchmarks.harness import MIN_ROUNDS, PATIENCE
 from benchmarks.report import Section
 
 NAMES = ["linear", "conv", "memory", "overhead", "compiled", "recurrent", "attention"]
@@ -34,11 +34,11 @@ def available() -> list[str]:
     return [name for name in NAMES if importlib.util.find_spec(f"benchmarks.{name}") is not None]
 
 
-def result(name: str, rounds: int) -> Section:
+def result(name: str, rounds: int, patience: float) -> Section:
     """What ``run`` of the file returns; the printed text of a file that has none."""
     module = importlib.import_module(f"benchmarks.{name}")
     if hasattr(module, "run"):
-        section: Section = module.run(rounds)
+        section: Section = module.run(rounds, patience)
         return section
     section = Section(name, f"{name.capitalize()}", "")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", str(rounds)]
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which to run: {', '.join(available())} (default: all)")
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help=f"rounds of a race, at least {MIN_ROUNDS}")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a race may wait for a quiet machine")
     parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown page to rewrite between its markers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON of every number")
     chosen = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(available())}")
     chosen.results.mkdir(parents=True, exist_ok=True)
     for name in chosen.names or available():
-        section = result(name, chosen.rounds)
+        section = result(name, chosen.rounds, chosen.patience)
         print(section.markdown(), flush=True)
         written = json.dumps(section.json(), indent=2, ensure_ascii=False)
         (chosen.results / f"{name}.json").write_text(written + "\n", encoding="utf-8")

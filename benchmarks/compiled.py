@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import flipout
-from benchmarks.harness import MIN_ROUNDS, forward_backward, race
+from benchmarks.harness import MIN_ROUNDS, PATIENCE, forward_backward, race
 from benchmarks.overhead import mlp
 from benchmarks.report import Section
 
@@ -48,7 +48,7 @@ def _step(net: nn.Module, x: Tensor, compiled: bool) -> Callable[[], None]:
     return forward_backward(torch.compile(net, fullgraph=True) if compiled else net, x)  # type: ignore[arg-type]
 
 
-def run(rounds: int = MIN_ROUNDS) -> Section:
+def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
     """Races compiled plain, compiled perturbed and both in eager mode."""
     section = Section("compiled", "torch.compile, forward + backward", TEXT)
     for name, make, shape, calls in CASES:
@@ -67,7 +67,7 @@ def run(rounds: int = MIN_ROUNDS) -> Section:
             for step in steps.values():
                 step()
         print(f"{name}: compiled in {time.perf_counter() - started:.0f} s", flush=True)
-        section.add_race(name, race(steps, rounds=2 * rounds, calls=calls))
+        section.add_race(name, race(steps, rounds=2 * rounds, calls=calls, patience=patience))
     return section
 
 

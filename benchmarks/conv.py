@@ -7,7 +7,7 @@ from torch import nn
 
 import flipout
 from benchmarks import peers
-from benchmarks.harness import MIN_ROUNDS, forward_backward, race
+from benchmarks.harness import MIN_ROUNDS, PATIENCE, forward_backward, race
 from benchmarks.report import Section
 
 CHANNELS, KERNEL, INPUT = 64, 3, (64, 64, 32, 32)
@@ -20,7 +20,7 @@ example and channel, so that each example has one perturbed kernel. bayesian-tor
 different and, pooled over positions, much weaker noise; its row says only what it costs."""
 
 
-def run(rounds: int = MIN_ROUNDS) -> Section:
+def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
     """Races plain, learnable, fixed and the peer."""
     section = Section("conv", "Convolution, forward + backward", TEXT)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def run(rounds: int = MIN_ROUNDS) -> Section:
         section.notes.append(missing)
     else:
         layers["bayesian-torch Conv2dFlipout"] = peers.conv2d(CHANNELS, CHANNELS, KERNEL, KERNEL // 2)
-    timings = race({name: forward_backward(net, x) for name, net in layers.items()}, rounds=rounds)
+    timings = race({name: forward_backward(net, x) for name, net in layers.items()}, rounds=rounds, patience=patience)
     section.add_race("64 → 64, 3×3", timings)
     section.add_target("conv2d learnable / plain", timings["flipout, learnable Gaussian"], LEARNABLE_BOUND)
     if not missing:

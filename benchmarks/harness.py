@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MIN_ROUNDS", "THREADS", "Timing", "forward_backward", "race"]
+__all__ = ["MIN_ROUNDS", "PATIENCE", "THREADS", "Timing", "forward_backward", "race"]
 
 THREADS = 2
 MIN_ROUNDS = 15

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import flipout
-from benchmarks.harness import MIN_ROUNDS, race
+from benchmarks.harness import MIN_ROUNDS, PATIENCE, race
 from benchmarks.report import Section
 
 ROWS = 32
@@ -25,7 +25,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def run(rounds: int = MIN_ROUNDS) -> Section:
+def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
     """Races the forward pass plain, under hold, and without."""
     section = Section("overhead", "Small network, forward", TEXT)
     for gradients in (True, False):
@@ -36,7 +36,7 @@ def run(rounds: int = MIN_ROUNDS) -> Section:
         contestants = {"plain": module, "under hold": held, "without hold": free, "without hold, learnable": learnable}
         with torch.set_grad_enabled(gradients), held.hold(members=ROWS):
             calls = {name: partial(net, x) for name, net in contestants.items()}
-            timings = race(calls, rounds=4 * rounds, calls=CALLS)
+            timings = race(calls, rounds=4 * rounds, calls=CALLS, patience=patience)
         name = "training" if gradients else "no_grad"
         section.add_race(name, timings)
         if gradients:
