@@ -105,9 +105,9 @@ TAIL = """
 ## Loops that own the model
 
 `flipout.perturbed` around the forward pass works inside a Lightning `training_step`, a Hugging Face `Trainer.compute_loss`, and
-with `DistributedDataParallel`, which averages the ranks' gradients as ever. Give each rank a generator with its own seed: ranks that
-share a seed share their noise. Between calls the model holds its own parameters, so optimisers, clipping and checkpoints are those
-of the plain model.
+with `DistributedDataParallel`, which averages the ranks' gradients as ever. Give each rank a generator with its own seed: ranks
+that share a seed share their noise. Between calls the model holds its own parameters, so optimisers, clipping and checkpoints are
+those of the plain model.
 
 ## Export
 

@@ -327,7 +327,13 @@ class PerturbedWeight(torch.Tensor):
             if carrier.origin.fallback == "loop":
                 return loop(func, args, kwargs)
             raise missing_rule(func, carrier, args)
-        return found(*args, **kwargs)
+        try:
+            return found(*args, **kwargs)
+        except BatchError as error:
+            name = repr(carrier.origin.name)
+            if name in str(error):
+                raise
+            raise BatchError(f"{error}. The parameter is {name}; exclude={name} leaves it unperturbed") from error
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
