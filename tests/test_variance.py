@@ -38,7 +38,7 @@ def loss_fn(net, x):
     return net(x).square().mean() / 2
 
 
-def measure(n=16, estimators=("flipout",), draws=400, **options):
+def measure(n=16, estimators=("flipout",), draws=200, **options):
     return gradient_variance(linear_net(), loss_fn, sample_batch, n, estimators, draws, **options)
 
 
@@ -47,33 +47,33 @@ def z_score(estimate, exact):
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-@pytest.mark.parametrize("n", [1, 2, 16])
+@pytest.mark.parametrize("n", [1, 8])
 def test_equals_the_exact_variance(name, n):
     exact = ALPHA / n + (BETA * (n - 1) / n if name == "shared" else 0.0)
     assert abs(z_score(measure(n, [name])[name].total, exact)) < 4
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_do_not_change_the_law(name, micro_batch):
-    n = 12
+    n = 6
     exact = ALPHA / n + (BETA * (n - 1) / n if name == "shared" else 0.0)
     assert abs(z_score(measure(n, [name], micro_batch=micro_batch)[name].total, exact)) < 4
 
 
 def test_flipout_falls_as_one_over_n_and_shared_levels_off():
     sizes = (1, 4, 16, 64, 256)
-    curves = {name: [measure(n, [name], draws=200)[name].total for n in sizes] for name in ("flipout", "shared")}
+    curves = {name: [measure(n, [name], draws=150)[name].total for n in sizes] for name in ("flipout", "shared")}
     slope = log_log_slope(sizes, curves["flipout"])
     assert abs(z_score(slope, -1.0)) < 4
-    assert slope.high - slope.low < 0.1
+    assert slope.high - slope.low < 0.15
     assert abs(z_score(curves["shared"][-1], BETA + (ALPHA - BETA) / 256)) < 4
     assert ratio(curves["shared"][-1], curves["flipout"][-1]).low > 10
 
 
-@pytest.mark.parametrize("draws", [8, 40])
+@pytest.mark.parametrize("draws", [8, 24])
 def test_intervals_cover_the_exact_variance_as_often_as_they_say(draws):
-    runs, n = 150, 64  # the mean of 64 examples is close to Gaussian, as t-intervals suppose
+    runs, n = 100, 64  # the mean of 64 examples is close to Gaussian, as t-intervals suppose
     found = [measure(n, draws=draws, seed=seed)["flipout"].total for seed in range(runs)]
     covered = sum(estimate.low <= ALPHA / n <= estimate.high for estimate in found)
     assert abs(covered - 0.9 * runs) / math.sqrt(0.09 * runs) < 4
@@ -96,7 +96,6 @@ def test_micro_batches_share_what_a_batch_shares(estimator, alike, mirrored):
 
 def test_a_micro_batched_gradient_is_the_gradient_of_the_whole_batch_without_noise():
     net = linear_net()
-    net.noises  # noqa: B018
     small = flipout.Perturbed(net.module, flipout.Gaussian(1e-12))
     x = sample_batch(12, stream(0, 5))
     whole = gradient(small, loss_fn, sample_batch, 12, 12, 0, (5,))["weight"]
@@ -259,7 +258,7 @@ def test_wrong_losses(loss, message):
 
 
 def test_wrong_nets():
-    with pytest.raises(flipout.ArgumentError, match="expected a flipout.Perturbed, got Linear"):
+    with pytest.raises(flipout.ArgumentError, match=r"expected a flipout\.Perturbed, got Linear"):
         gradient_variance(nn.Linear(D, 1), loss_fn, sample_batch)
     net = linear_net()
     net.module.requires_grad_(False)
@@ -295,7 +294,7 @@ def test_t_quantile_equals_scipy(confidence, degrees):
 
 def test_estimates_refuse_what_has_no_logarithm_or_no_slope():
     zero, one = Estimate(0.0, 0.0, 0.0, 0.0, 3), estimate_mean([1.0, 1.1])
-    with pytest.raises(flipout.ArgumentError, match="logarithm of 0.0"):
+    with pytest.raises(flipout.ArgumentError, match=r"logarithm of 0\.0"):
         ratio(one, zero)
     with pytest.raises(flipout.ArgumentError, match="two different sizes"):
         log_log_slope([4, 4], [one, one])

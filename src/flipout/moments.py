@@ -135,7 +135,7 @@ def log_log_slope(sizes: Sequence[float], estimates: Sequence[Estimate], confide
     x = x - x.mean()
     if len(set(sizes)) < 2:
         raise ArgumentError(f"a slope needs two different sizes, got {list(sizes)}")
-    return _log_combination(list(x / np.square(x).sum()), estimates, confidence)
+    return _log_combination((x / np.square(x).sum()).tolist(), estimates, confidence)
 
 
 def _log_combination(factors: Sequence[float], estimates: Sequence[Estimate], confidence: float) -> Estimate:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from flipout.data import Dataset, mnist
 from flipout.errors import ArgumentError
 from flipout.experiments.environment import describe_environment, find_device
+from flipout.experiments.figures import draw_demo
 from flipout.experiments.independent import independent_curve
 from flipout.experiments.networks import FullyConnected
 from flipout.moments import Estimate, log_log_slope, ratio
@@ -54,7 +55,7 @@ class DemoSettings:
     seed: int = 0
     device: str = "cpu"
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
-    shared_draws: int = 120
+    shared_draws: int = 100
     flipout_draws: int = 60
     independent_pairs: int = 2
     accuracy: float = 0.87
@@ -162,8 +163,6 @@ def save_result(result: DemoResult, folder: Path) -> list[Path]:
     Raises:
         ArgumentError: if ``folder`` exists and is not a folder.
     """
-    from flipout.experiments.figures import draw_demo  # matplotlib is needed here only
-
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"{folder} is a file; name a folder for the results")
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ one. So every member's gradient is computed once: 4 of them make a draw at N = 4
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ def independent_curve(
         ArgumentError: if a batch size is no multiple of the one before.
     """
     steps = [size // before for size, before in zip(batch_sizes, [1, *batch_sizes], strict=False)]
-    if any(size != step * before for size, step, before in zip(batch_sizes, steps, [1, *batch_sizes], strict=False)) or 0 in steps:
-        raise ArgumentError(f"batch_sizes={tuple(batch_sizes)}: each must be a multiple of the one before")
+    if not steps or 0 in steps or math.prod(steps) != batch_sizes[-1]:
+        raise ArgumentError(f"batch_sizes={tuple(batch_sizes)}: expected sizes of which each is a multiple of the one before")
     members = 2 * batch_sizes[-1]
     draws = [min(most_draws, members // size) for size in batch_sizes]
 
