@@ -39,7 +39,9 @@ def test_asymmetric_noise_is_served_by_what_draws_no_signs(noise: flipout.Noise,
     assert net(torch.ones(4, 3)).shape == (4, 2)
 
 
-@pytest.mark.parametrize("noise", [flipout.Rademacher(0.1), flipout.DropConnect(), LAPLACE], ids=["rademacher", "dropconnect", "laplace"])
+@pytest.mark.parametrize(
+    "noise", [flipout.Rademacher(0.1), flipout.DropConnect(), LAPLACE], ids=["rademacher", "dropconnect", "laplace"]
+)
 def test_local_reparameterization_is_gaussian(noise: flipout.Noise) -> None:
     with pytest.raises(flipout.UnsupportedNoiseError, match=r"Gaussian noise only, and 'weight' has .*use Flipout\(\)"):
         flipout.Perturbed(nn.Linear(3, 2), noise, flipout.LocalReparameterization())

@@ -3,7 +3,7 @@
 A rule joins the suite by adding a :class:`Case` to a list here; it gets every law of ``test_laws.py`` for free.
 """
 
-from cases import attention, conv, embedding, linear, normalization, pointwise, structure
+from cases import attention, conv, embedding, linear, normalization, pointwise, recurrent, structure
 from cases.base import Case
 
 CASES: list[Case] = [
@@ -14,6 +14,7 @@ CASES: list[Case] = [
     *pointwise.CASES,
     *structure.CASES,
     *attention.CASES,
+    *recurrent.CASES,
 ]
 
 BY_NAME = {case.name: case for case in CASES}

@@ -20,7 +20,7 @@ from flipout.estimators import Estimator, LocalReparameterization, LowRank
 from flipout.modes import autocast, composed
 from flipout.registry import rule
 from flipout.rules.pointwise import per_row
-from flipout.weight import Factor, PerturbedWeight, Term
+from flipout.weight import Factor, PerturbedWeight, Term, require_data
 
 __all__ = ["Geometry", "convolve"]
 
@@ -89,6 +89,7 @@ def _padded(x: Tensor, padding: Any, kernel: Tensor, dilation: tuple[int, ...]) 
 
 def convolve(x: Tensor, weight: Any, bias: Any, geometry: Geometry, what: str) -> Tensor:
     """A convolution in which the kernel, the bias or both are perturbed. ``x`` is ``[rows, channels, *positions]``."""
+    require_data(getattr(F, what), x)
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if x.dim() == geometry.rank + 1:
         raise BatchError(

@@ -18,7 +18,7 @@ from flipout.estimators import Estimator, LocalReparameterization
 from flipout.registry import rule
 from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
-from flipout.weight import Layout, PerturbedWeight, Term, missing_rule
+from flipout.weight import Layout, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["lookup"]
 
@@ -94,6 +94,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
+    require_data(F.embedding, input)
     if max_norm is not None:
         raise missing_rule(F.embedding, weight, (input, weight), "max_norm rewrites the table in place")
 
@@ -135,6 +136,7 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Sum, mean or maximum over each bag; a bag is a row of a 2-D ``input``, or a run between ``offsets``."""
+    require_data(F.embedding_bag, input, offsets)
     if max_norm is not None or not isinstance(weight, PerturbedWeight):
         carrier = weight if isinstance(weight, PerturbedWeight) else per_sample_weights
         raise missing_rule(F.embedding_bag, carrier, (input, weight), "max_norm and perturbed per_sample_weights have no rule")

@@ -16,7 +16,7 @@ from flipout.registry import rule
 from flipout.rules.pointwise import add
 from flipout.rules.products import factored_product, signed_linear
 from flipout.rules.structure import permute, reshape
-from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
+from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["linear", "sign_factors"]
 
@@ -62,8 +62,7 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
 @rule(F.linear, Flipout, LowRank)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
-    if isinstance(input, PerturbedWeight):
-        raise missing_rule(F.linear, input, (input, weight), "it stands where the data should")
+    require_data(F.linear, input)
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if some.batch.members is None:
         flat, drawn = _token_rows(input, weight, bias)
@@ -126,6 +125,7 @@ def _add_bias(y: Tensor, bias: Any) -> Tensor:
 @rule(F.linear, Independent)
 def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
+    require_data(F.linear, input)
     if not isinstance(weight, PerturbedWeight):
         return _add_bias(F.linear(input, weight), bias)
     x, input = _blocks(input, weight, "linear")
@@ -137,6 +137,7 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 @rule(F.linear, LocalReparameterization)
 def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
+    require_data(F.linear, input)
     if not isinstance(weight, PerturbedWeight):
         return _add_bias(F.linear(input, weight), bias)
     if weight.drawn:  # made of vectors, of which every member has its own
@@ -211,7 +212,8 @@ def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
 
 
 @rule((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), Estimator)
-def matmul(a: Any, b: Any) -> Tensor:
+def matmul(input: Any, other: Any) -> Tensor:
+    a, b = input, other
     if isinstance(a, PerturbedWeight) and isinstance(b, PerturbedWeight):
         raise missing_rule(torch.matmul, a, (a, b), "a product of two perturbed weights is not linear in their noise")
     if isinstance(b, PerturbedWeight):
@@ -233,7 +235,8 @@ def rmatmul(a: Any, b: Any) -> Tensor:
 
 
 @rule((torch.mm, torch.Tensor.mm), Estimator)
-def mm(a: Any, b: Any) -> Tensor:
+def mm(input: Any, mat2: Any) -> Tensor:
+    a, b = input, mat2
     for operand in (a, b):
         if operand.dim() != 2:
             raise RuntimeError(f"mm expects matrices, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
@@ -241,7 +244,8 @@ def mm(a: Any, b: Any) -> Tensor:
 
 
 @rule((torch.bmm, torch.Tensor.bmm), Estimator)
-def bmm(a: Any, b: Any) -> Tensor:
+def bmm(input: Any, mat2: Any) -> Tensor:
+    a, b = input, mat2
     carrier = a if isinstance(a, PerturbedWeight) else b
     if carrier.mean_weight.shape[0] == 1 and carrier.batch.members is not None:
         other = b if carrier is a else a  # one matrix for each batch of size one: an ordinary product
@@ -278,6 +282,7 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 @rule(F.bilinear, Estimator)
 def bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = x1_nᵀ W_n x2_n: a linear map of the outer product of the inputs, with the weight [out, in1, in2] read as a matrix."""
+    require_data(F.bilinear, input1, input2)
     if not isinstance(weight, PerturbedWeight):
         return _add_bias(F.bilinear(input1, input2, weight), bias)
     if weight.drawn:

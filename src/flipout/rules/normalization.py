@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from flipout.estimators import Estimator
 from flipout.registry import rule
 from flipout.rules.pointwise import add, mul, per_row
-from flipout.weight import PerturbedWeight
+from flipout.weight import PerturbedWeight, require_data
 
 __all__: list[str] = []
 
@@ -44,16 +44,19 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)
 def layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
+    require_data(F.layer_norm, input)
     return _affine_last(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
 
 
 @rule((F.rms_norm, torch.rms_norm), Estimator)
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    require_data(F.rms_norm, input)
     return _affine_last(F.rms_norm(input, normalized_shape, None, eps), weight, None)
 
 
 @rule((F.group_norm, torch.group_norm), Estimator)
 def group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
+    require_data(F.group_norm, input)
     return _affine_channels(F.group_norm(input, num_groups, None, None, eps), weight, bias)
 
 
@@ -68,6 +71,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    require_data(F.instance_norm, input, running_mean, running_var)
     y = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
     return _affine_channels(y, weight, bias)
 
@@ -83,5 +87,6 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    require_data(F.batch_norm, input, running_mean, running_var)
     y = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
     return _affine_channels(y, weight, bias)

@@ -15,7 +15,7 @@ from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name
+from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
 
 __all__ = ["per_row", "spread"]
 
@@ -65,7 +65,10 @@ def _constant(weight: PerturbedWeight, value: Tensor) -> bool:
     """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
     own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
     fits = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
-    return fits and (value.dim() <= dim or (rows is not None and value.shape[dim] != rows))
+    if not fits or value.dim() <= dim:
+        return fits
+    # an axis of the weight's own can hold no rows, so what fills it is no data, even where the batch has that size by chance
+    return own[dim + len(own) - value.dim()] != 1 or value.shape[dim] != rows
 
 
 def _multiply(weight: PerturbedWeight, value: Any, operation: Any) -> PerturbedWeight:
@@ -104,7 +107,8 @@ _REFLECTED = {
 
 
 @rule((torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.__mul__), Estimator)
-def mul(a: Any, b: Any) -> Any:
+def mul(input: Any, other: Any) -> Any:
+    a, b = input, other
     weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
     if _scalar(value) or (not isinstance(value, PerturbedWeight) and _constant(weight, value)):
         return _multiply(weight, value, torch.mul)
@@ -112,7 +116,8 @@ def mul(a: Any, b: Any) -> Any:
 
 
 @rule((torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.__truediv__, torch.Tensor.__div__), Estimator)
-def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    a, b = input, other
     if rounding_mode is not None:
         raise missing_rule(torch.div, a if isinstance(a, PerturbedWeight) else b, (a, b), "rounding is not linear")
     if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or _constant(a, b)):
@@ -140,18 +145,18 @@ def _sum(a: Any, b: Any, alpha: float, operation: Any) -> Any:
 
 
 @rule((torch.add, torch.Tensor.add, torch.Tensor.__add__), Estimator)
-def add(a: Any, b: Any, *, alpha: float = 1) -> Any:
-    return _sum(a, b, alpha, torch.add)
+def add(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _sum(input, other, alpha, torch.add)
 
 
 @rule((torch.sub, torch.Tensor.sub, torch.subtract, torch.Tensor.__sub__), Estimator)
-def sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
-    return _sum(a, b, alpha, torch.sub)
+def sub(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _sum(input, other, alpha, torch.sub)
 
 
 @rule(torch.rsub, Estimator)
-def rsub(a: Any, b: Any, *, alpha: float = 1) -> Any:
-    return _sum(b, a, alpha, torch.sub)
+def rsub(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _sum(other, input, alpha, torch.sub)
 
 
 for _reflected, _plain in _REFLECTED.items():
@@ -165,11 +170,16 @@ for _reflected, _plain in _REFLECTED.items():
 def _exact(operation: Any) -> None:
     """Registers a pointwise function of a weight: exact per example, at the cost of listing every member's entries."""
 
-    def apply(weight: PerturbedWeight, *args: Any, **kwargs: Any) -> PerturbedWeight:
+    def apply(weight: Any, *args: Any, **kwargs: Any) -> PerturbedWeight:
+        for other in (*args, *kwargs.values()):
+            if isinstance(other, PerturbedWeight) or (isinstance(other, Tensor) and not _constant(weight, other)):
+                carrier = other if isinstance(other, PerturbedWeight) else weight
+                raise missing_rule(operation, carrier, (weight, other), "its other operand is no constant")
         if weight.batch.members is None:
             raise missing_rule(operation, weight, (weight,), "it is not linear, so signs per token cannot pass through it")
         values = operation(weight.dense(), *args, **kwargs)
-        return weight.replace(torch.zeros_like(weight.mean_weight), [Term(values, per_member=True)])
+        result: PerturbedWeight = weight.replace(torch.zeros_like(weight.mean_weight), [Term(values, per_member=True)])
+        return result
 
     rule(operation, Estimator)(apply)
 
@@ -182,9 +192,10 @@ for _function in (torch.Tensor.__pow__, F.softplus, F.relu, F.silu, F.gelu):
 
 
 @rule((F.prelu, torch.prelu), Estimator)
-def prelu(x: Tensor, weight: PerturbedWeight) -> Tensor:
+def prelu(input: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
-    x, axis = weight.batch.locate(x, max(x.dim() - 1, 0), "prelu")
+    require_data(F.prelu, input)
+    x, axis = weight.batch.locate(input, max(input.dim() - 1, 0), "prelu")
     (x,) = autocast(x)
     slopes = per_row(weight, x.shape[axis]).to(x.dtype)
     channels = slopes.shape[1]

@@ -18,7 +18,7 @@ from flipout.errors import DrawError
 from flipout.estimators import Estimator
 from flipout.registry import rule
 from flipout.signs import packed_size
-from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
+from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["permute", "reshape", "take"]
 
@@ -206,6 +206,10 @@ _viewed(torch.unsqueeze, torch.Tensor.unsqueeze, torch.Tensor.view_as, torch.Ten
 
 @rule((torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to), Estimator)
 def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
+    """Expanded to the rows of the batch, each row is its own member's value; along any other axis, it stays a weight.
+
+    An axis of one or a new axis on the batch dimension that is expanded to exactly the rows of the batch is read as the batch.
+    """
     sizes = shape[0].shape if isinstance(shape[0], Tensor) else _sizes(shape)
     if not isinstance(weight, PerturbedWeight):  # data in the shape of a weight
         plain: Tensor = weight.expand(sizes)
@@ -257,6 +261,7 @@ def select(weight: PerturbedWeight, dim: int, index: int) -> PerturbedWeight:
 
 @rule((torch.index_select, torch.Tensor.index_select), Estimator)
 def index_select(weight: PerturbedWeight, dim: int, index: Tensor) -> PerturbedWeight:
+    require_data(torch.index_select, index)
     weight.require_drawn("index_select(), where rows may repeat")
     return take(weight, dim, index)
 
@@ -319,7 +324,10 @@ def _mapped(*operations: Any) -> None:
         def linear_map(weight: Any, *args: Any, _operation: Any = operation, **kwargs: Any) -> Any:
             if not isinstance(weight, PerturbedWeight):  # plain.to(weight) and the like
                 return _operation(weight, *(a.mean_weight if isinstance(a, PerturbedWeight) else a for a in args), **kwargs)
-            return weight.map(lambda tensor: _operation(tensor, *args, **kwargs))
+            mapped = weight.map(lambda tensor: _operation(tensor, *args, **kwargs))
+            if not mapped.mean_weight.is_floating_point():
+                raise missing_rule(_operation, weight, (weight,), "a cast to whole numbers would round its noise away")
+            return mapped
 
         rule(operation, Estimator)(linear_map)
 
@@ -339,6 +347,11 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
     ndim = first.mean_weight.dim()
     dim %= ndim
     means = [t.mean_weight if isinstance(t, PerturbedWeight) else t for t in tensors]
+    for piece in tensors:
+        if not isinstance(piece, (PerturbedWeight, torch.nn.Parameter)) and _has_rows(piece, first):
+            raise missing_rule(
+                torch.cat, first, tensors, "one of its other arguments has the rows of the batch: expand the weight to them"
+            )
     mean = torch.cat(means, dim)
     total, start = mean.shape[dim], 0
     terms: list[Term] = []
@@ -349,6 +362,12 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
             terms += [_padded(term, piece, dim, margins) for term in piece.terms]
         start += size
     return first.replace(mean, terms)
+
+
+def _has_rows(value: Tensor, weight: PerturbedWeight) -> bool:
+    """Whether a tensor is data: it has the rows of the module's own input on the batch dimension."""
+    dim, rows = weight.batch.dim, weight.batch.rows
+    return rows != 1 and value.dim() > dim and value.shape[dim] == rows
 
 
 def _padded(term: Term, piece: PerturbedWeight, dim: int, margins: tuple[int, int]) -> Term:
