@@ -136,12 +136,11 @@ def _training_table(result: DemoResult) -> Table:
     settings = result.settings
     title = f"One noisy training run each: {settings.training_steps} steps of N = {settings.training_batch}"
     table = Table(title=title, title_justify="left")
-    for name in ("estimator", "last losses (nats)", "test accuracy", "seconds a step"):
+    for name in ("estimator", "mean loss (nats)", "sd over steps", "test accuracy", "seconds a step"):
         table.add_column(name, justify="left" if name == "estimator" else "right")
     for name, run in result.training.items():
-        last = run.losses[-10:]
-        mean = sum(last) / len(last)
-        table.add_row(name, f"{mean:.3f}", f"{100 * run.accuracy:.1f} %", f"{run.seconds / len(run.losses):.3f}")
+        cells = f"{run.mean_loss:.3f}", f"{run.spread:.3f}", f"{100 * run.accuracy:.1f} %", f"{run.seconds / len(run.losses):.3f}"
+        table.add_row(name, *cells)
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,12 +56,12 @@ class DemoSettings:
     seed: int = 0
     device: str = "cpu"
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
-    shared_draws: int = 100
-    flipout_draws: int = 60
+    shared_draws: int = 80
+    flipout_draws: int = 50
     independent_pairs: int = 2
     accuracy: float = 0.87
     std: float = 1.0
-    training_steps: int = 40
+    training_steps: int = 30
     training_batch: int = 32
     learning_rate: float = 0.1
     confidence: float = 0.9
@@ -85,6 +86,16 @@ class TrainingRun:
     losses: list[float]
     accuracy: float
     seconds: float
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the whole run, in nats."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the loss from step to step, in nats."""
+        return statistics.stdev(self.losses)
 
 
 @dataclass

@@ -118,7 +118,7 @@ def _training_panel(axes: Axes, result: DemoResult) -> None:
         window = min(5, len(losses))
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps, losses, color=style["color"], alpha=0.25, linewidth=1)
-        label = f"{name}: {100 * run.accuracy:.1f} % test accuracy"
+        label = f"{name}: mean {run.mean_loss:.2f}, sd {run.spread:.2f}"
         axes.plot(steps[window - 1 :], smooth, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=label)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
