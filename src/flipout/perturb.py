@@ -237,25 +237,19 @@ def perturbed(
     if any(site.noise.learnable for site in net._sites):
         raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
     draw = _LateDraw(net, None if members is None else _member_count(members))
-    calls = _Calls(net, draw)
-    handles = [
-        handle
-        for part in module.modules()
-        for handle in (
-            part.register_forward_pre_hook(calls.enter, with_kwargs=True, prepend=True),
-            part.register_forward_hook(calls.leave, always_call=True),
-        )
-    ]
+    calls = draw.calls = _Calls(net, draw)
+    calls.attach()
     try:
         yield draw
     finally:
-        for handle in handles:
-            handle.remove()
+        calls.detach()
         calls.restore()
 
 
 class _LateDraw(Draw):
     """A draw whose number of members may be found at the first call."""
+
+    calls: _Calls
 
     def __init__(self, net: Perturbed, members: int | None) -> None:
         self._net = net
@@ -271,6 +265,14 @@ class _LateDraw(Draw):
     def start(self, members: int) -> None:
         net = self._net
         super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
+
+    def module(self, n: int) -> nn.Module:
+        attached = self.calls.detach()  # hooks would be copied along
+        try:
+            return super().module(n)
+        finally:
+            if attached:
+                self.calls.attach()
 
     def _require_members(self) -> None:
         if not self.started:
@@ -288,6 +290,19 @@ class _Calls:
         self.net, self.draw = net, draw
         self.depth = 0
         self.placed: Placement | None = None
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        for part in self.net.module.modules():
+            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
+            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
+
+    def detach(self) -> bool:
+        """Removes the hooks and says whether there were any."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        return bool(handles)
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         self.depth += 1

@@ -58,13 +58,12 @@ class Placement:
             raise
 
     def _flatten(self, owner: nn.RNNBase) -> None:
-        weights = FlatWeights(getattr(owner, name, None) for name in owner._flat_weights_names)
+        weights: list[Any] = [getattr(owner, name, None) for name in owner._flat_weights_names]
+        if not torch.compiler.is_compiling():  # the compiler knows plain lists only, and no packed batch
+            weights = noted = FlatWeights(weights)
+            self._hooks.append(owner.register_forward_pre_hook(lambda _, args, kwargs: noted.note(args, kwargs), with_kwargs=True))
         owner.__dict__["_flat_weights"] = weights
         owner.__dict__["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
-        if not torch.compiler.is_compiling():
-            self._hooks.append(
-                owner.register_forward_pre_hook(lambda _, args, kwargs: weights.note(args, kwargs), with_kwargs=True)
-            )
 
     def note(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         """For a call of ``part`` that had already begun when its weights were placed."""

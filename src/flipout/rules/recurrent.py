@@ -137,8 +137,10 @@ def recurrent(
     batch = _batch(carriers, steps[0], params, sizes is not None, what)
     for state in hx:
         _require_states(state, steps[0], carriers[0], what)
-    y, *hx = autocast(packed, *hx)
     count = len(params) // (num_layers * directions)
+    y = packed
+    if _low_precision(cell, x, count % 2 == 1):
+        y, *hx = autocast(packed, *hx)
     finals: list[tuple[Tensor, Tensor | None]] = []
     for layer in range(num_layers):
         outputs = []
@@ -171,7 +173,8 @@ def _direction(
     cell: Cell, steps: Steps, batch: _Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer over packed inputs ``[total, in]``."""
-    signed = _signed(batch, weights) if weights.hr is None else None
+    mixed = torch.is_autocast_enabled(x.device.type) and not _low_precision(cell, x, weights.hr is not None)
+    signed = _signed(batch, weights) if weights.hr is None and not mixed else None
     if signed is None:
         return _composed(cell, steps, batch, x, h0, c0, weights)
     bias_x, bias_h = (_bias_rows(batch, bias) for bias in (weights.bias_ih, weights.bias_hh))
@@ -181,6 +184,11 @@ def _direction(
     x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h = autocast(x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h)
     input, hidden = SignedMatrix(W_x, D_x, s_x, r_x), SignedMatrix(W_h, D_h, s_h, r_h)
     return signed_sequence(cell, steps, x, h0.contiguous(), c0 if c0 is None else c0.contiguous(), bias_x, bias_h, input, hidden)
+
+
+def _low_precision(cell: Cell, x: Tensor, projected: bool) -> bool:
+    """Whether autocast runs the whole operation in its dtype, as torch does; else it lowers the products only."""
+    return x.device.type != "cpu" or (cell is Cell.LSTM and not projected)
 
 
 def _signed(batch: _Batch, weights: _Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
@@ -324,7 +332,8 @@ def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: 
             f"rows on batch_dim={layout.dim}, for {layout.members} members; a cell takes one row a sequence"
         )
     weights = weights.map(_per_step).map(lambda weight: _on(weight, len(x), 0))
-    x, h, c = autocast(x, h, c)
+    if x.device.type != "cpu":
+        x, h, c = autocast(x, h, c)
     return cell_step(cell, _linear(x, weights.ih, weights.bias_ih), _linear(h, weights.hh, weights.bias_hh), h, c)
 
 

@@ -119,7 +119,7 @@ def cell_step(cell: Cell, x: Tensor, h: Tensor, state: Tensor, c: Tensor | None)
         x_r, x_z, x_n = x.chunk(3, -1)
         h_r, h_z, h_n = h.chunk(3, -1)
         n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-        return torch.lerp(n, state, torch.sigmoid(x_z + h_z)), None
+        return n + torch.sigmoid(x_z + h_z) * (state - n), None
     gates = x + h
     if cell is Cell.TANH:
         return torch.tanh(gates), None

@@ -31,7 +31,7 @@ _relu_slope = torch.ops.aten.threshold_backward.grad_input
 #: oneDNN's product with a weight in its own layout, where torch is built with it.
 _lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_LARGE = 2**18
+_LARGE = 2**19
 
 
 class SignedMatrix(NamedTuple):
@@ -86,7 +86,7 @@ def signed_sequence(
 
 
 def _numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs
+    return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs.to(dtype)
 
 
 def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -117,7 +117,7 @@ class _Rows:
     def pair(self, buffer: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Views of both that broadcast to each other."""
         if self.index is None:
-            return buffer.view(len(self.steps.sizes), self.steps.rows, -1), values
+            return buffer.view(len(self.steps.sizes), self.steps.rows, buffer.shape[1]), values
         return buffer, values.index_select(0, self.index)
 
     def scale_(self, buffer: Tensor, values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _Rows:
         if like.dim() == 1:
             return buffer.sum(0)
         if self.index is None:
-            return buffer.view(len(self.steps.sizes), self.steps.rows, -1).sum(0)
+            return buffer.view(len(self.steps.sizes), self.steps.rows, buffer.shape[1]).sum(0)
         return torch.zeros_like(like).index_add_(0, self.index, buffer)
 
 
@@ -305,6 +305,8 @@ class _SignedSequence(torch.autograd.Function):
 
 def _differentiable(cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any) -> list[Tensor | None]:
     """Gradients that can be differentiated again: the sequence once more, in operations that torch differentiates twice."""
+    # of aliases, so that a gradient does not also take the way through another operand that was computed from this one
+    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
     outputs = [(y, g) for y, g in zip(_compose(cell, steps, *tensors), grads, strict=True) if y is not None and g is not None]
     if not outputs:
