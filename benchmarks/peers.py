@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["NAME", "conv2d", "linear", "why_missing"]
+__all__ = ["NAME", "conv2d", "linear", "lstm", "why_missing"]
 
 NAME = "bayesian-torch"
 
@@ -48,3 +48,10 @@ def conv2d(channels: int, out: int, kernel: int, padding: int) -> nn.Module:
     from bayesian_torch.layers import Conv2dFlipout
 
     return _WithoutKL(Conv2dFlipout(channels, out, kernel, padding=padding))
+
+
+def lstm(width: int, units: int) -> nn.Module:
+    """Takes its input batch first, and draws a new ΔW at every time step."""
+    from bayesian_torch.layers import LSTMFlipout
+
+    return _WithoutKL(LSTMFlipout(width, units))
