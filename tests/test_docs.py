@@ -1,0 +1,45 @@
+"""Every python block of the README and of docs/ runs, in order, page by page."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flipout import registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+#: What a page takes for granted: the reader's own model.
+GIVEN = {"models.md": "import torch, flipout\nmodel, batch = torch.nn.Linear(3, 2), {'input': torch.ones(4, 3)}"}
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The line and the code of each python block."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match.group(1)) for match in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))  # a page may register rules
+    torch.manual_seed(0)
+    namespace = {"__name__": page.stem}
+    exec(GIVEN.get(page.name, ""), namespace)
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    missing = [target for target in targets if target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_the_pages_have_examples():
+    assert {page.name for page in PAGES if blocks(page)} >= {"README.md", "index.md", "rules.md", "estimators.md"}
