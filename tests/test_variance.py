@@ -5,8 +5,10 @@ For y_n = w_n · x_n, L = y²/2, x ~ N(0, I_d) and w_n = w̄ + δ_n with δ ~ N(
     α = (d + 2)(‖w̄‖² + dσ²) - ‖w̄‖²,      β + γ = dσ² under shared noise,      γ = 0 under flipout.
 """
 
+import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -298,6 +300,14 @@ def test_estimates_refuse_what_has_no_logarithm_or_no_slope():
         ratio(one, zero)
     with pytest.raises(flipout.ArgumentError, match="two different sizes"):
         log_log_slope([4, 4], [one, one])
+
+
+def test_an_estimate_is_a_float_with_an_interval():
+    estimate = Estimate(2.0, 1.0, math.inf, 0.5, 3)
+    assert estimate / 4 == 0.5
+    assert type(estimate.value) is float
+    for copied in (pickle.loads(pickle.dumps(estimate)), copy.deepcopy(estimate)):
+        assert repr(copied) == repr(estimate) == "Estimate(value=2.0, low=1.0, high=inf, standard_error=0.5, degrees=3)"
 
 
 def test_a_slope_through_a_point_without_interval_has_none():

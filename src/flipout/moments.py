@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 
 import numpy as np
@@ -59,36 +58,50 @@ class Moments:
         return {name: squares.item() / (self.count - 1) for name, squares in self._squares.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its confidence interval.
+class Estimate(float):
+    """A number with its confidence interval; a float wherever a float is wanted.
 
     Attributes:
-        value: the estimate.
+        value: the estimate, as a plain float.
         low, high: the interval; infinitely wide where there is nothing to judge the spread by.
         standard_error: of ``value``.
         degrees: degrees of freedom of the standard error.
 
     Example:
-        >>> print(Estimate(1.0, 0.9, 1.1, 0.05, 9))
-        1 [0.9, 1.1]
+        >>> estimate = Estimate(1.0, 0.9, 1.1, 0.05, 9)
+        >>> print(estimate, estimate / 2)
+        1 [0.9, 1.1] 0.5
     """
 
-    value: float
     low: float
     high: float
     standard_error: float
     degrees: float
 
-    def __float__(self) -> float:
-        return self.value
+    def __new__(cls, value: float, low: float, high: float, standard_error: float, degrees: float) -> Estimate:
+        self = super().__new__(cls, value)
+        self.low, self.high, self.standard_error, self.degrees = low, high, standard_error, degrees
+        return self
+
+    @property
+    def value(self) -> float:
+        return float(self)
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    def __repr__(self) -> str:
+        return f"Estimate({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+
+    def __getnewargs__(self) -> tuple[float, ...]:  # type: ignore[override]
+        return tuple(self._fields().values())
+
+    def _fields(self) -> dict[str, float]:
+        return {"value": self.value, **{name: getattr(self, name) for name in ("low", "high", "standard_error", "degrees")}}
+
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, which has no infinity: an unknown bound is None."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return {name: value if math.isfinite(value) else None for name, value in self._fields().items()}
 
 
 def estimate_mean(samples: Sequence[float], confidence: float = 0.9) -> Estimate:
