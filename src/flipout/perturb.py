@@ -17,6 +17,7 @@ from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.select import Site, check_generator, rows_dim, select, unbatched_rank
 from flipout.slots import Placement, first_batch
+from flipout.weight import PerturbedWeight
 
 __all__ = ["Perturbed", "perturbed"]
 
@@ -107,9 +108,15 @@ class Perturbed(nn.Module):
             _require_blocks(rows, draw, self.batch_dim)
         placed = Placement(_slots(self._sites), draw.slot_weights(rows, self.batch_dim))
         try:
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
         finally:
             placed.undo()
+        if type(output) is PerturbedWeight:
+            raise BatchError(
+                f"{type(self.module).__name__} returned the perturbed weight {output.origin.name!r} {tuple(output.shape)} itself, which "
+                "has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
+            )
+        return output
 
     def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
         log_std = {site.name: self.log_std[_key(site.name)] for site in self._sites if site.noise.learnable}
