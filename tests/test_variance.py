@@ -224,6 +224,11 @@ def test_token_signs_share_the_base_over_micro_batches():
     assert abs(z_score(measure(12, [token], micro_batch=4)[repr(token)].total, exact)) < 4
 
 
+def test_signs_per_step_cannot_be_micro_batched():
+    with pytest.raises(flipout.ArgumentError, match="leave micro_batch out"):
+        measure(8, [flipout.Flipout(per_step=True)], draws=4, micro_batch=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

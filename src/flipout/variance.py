@@ -237,8 +237,16 @@ def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Genera
 
     Members of all micro-batches share what members of one batch share under the estimator (a base perturbation, for flipout)
     and are otherwise drawn afresh, so that together they are one batch of ``count * rows`` members.
+
+    Raises:
+        ArgumentError: for several micro-batches under ``Flipout(per_step=True)``.
     """
     estimator = net.estimator
+    if isinstance(estimator, Flipout) and estimator.per_step and count > 1:
+        raise ArgumentError(
+            f"{estimator} draws signs at every time step and has no members to draw afresh, so a batch cannot be run as micro-batches "
+            "of one base perturbation; leave micro_batch out, or use Flipout()"
+        )
     if not estimator.has_members and not estimator.per_token:  # nothing is shared between members
         for _ in range(count):
             with net.hold(rows, generator):
