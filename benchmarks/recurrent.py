@@ -28,11 +28,11 @@ NOISES = {
 }
 
 TEXT = """Forward and backward of one recurrent layer over a whole sequence, float32; the input requires a gradient, every
-perturbed parameter gets its own, and so do the scales where these are learnable. ΔW and signs are drawn anew for each sequence batch
-and held over its steps. A plain layer needs six matrix products; flipout twelve, ten with a fixed additive scale, nine (eight) where
-only the recurrent weights are perturbed. bayesian-torch's LSTM draws a new ΔW at every time step, which is another model: the race
-tells what it costs, not that it does the same. *saved*: bytes that autograd keeps between forward and backward at the first setting,
-parameters excluded; the bound is what the plain layer keeps, one ΔW, one bit a sign, and 10 % on top."""
+perturbed parameter gets its own, and so do the scales where these are learnable. ΔW and signs are drawn anew for each call and
+held over its steps. A plain layer needs six matrix products; flipout twelve, ten with a fixed additive scale, nine (eight) where
+only the recurrent weights are perturbed. bayesian-torch's LSTM draws a new ΔW at every time step, which is another model: the
+race tells what it costs, not that it does the same. *saved*: bytes that autograd keeps between forward and backward at the first
+setting, parameters excluded; the bound is what the plain layer keeps, one ΔW, one bit a sign, and 10 % on top."""
 
 
 def layers(kind: type[nn.RNNBase], width: int, units: int, include: str) -> dict[str, nn.Module]:

@@ -1,0 +1,234 @@
+"""The loops over time of a signed recurrent layer, forward and backward, written in place on buffers of the whole sequence.
+
+Each takes what the inputs contribute to the gates of all steps and leaves only the recurrent pair of products inside its loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flipout.rules.sequence import Cell, Steps
+from flipout.signs import unpack
+
+__all__ = [
+    "Hidden",
+    "SignedMatrix",
+    "gru",
+    "gru_backward",
+    "lstm",
+    "lstm_backward",
+    "numbers",
+    "rnn",
+    "rnn_backward",
+]
+
+_sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_slope = torch.ops.aten.tanh_backward.grad_input
+_relu_slope = torch.ops.aten.threshold_backward.grad_input
+
+#: oneDNN's product with a weight in its own layout, where torch is built with it.
+_lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_LARGE = 2**19
+
+
+class SignedMatrix(NamedTuple):
+    """A matrix of the layer, ``mean + r sᵀ ∘ base`` for each sequence.
+
+    Attributes:
+        mean: W̄ ``[out, in]``.
+        base: ΔW ``[out, in]``, or None where the matrix is not perturbed.
+        s: signs of the inputs, packed bits or numbers, one row a sequence.
+        r: signs of the outputs, likewise.
+    """
+
+    mean: Tensor
+    base: Tensor | None = None
+    s: Tensor | None = None
+    r: Tensor | None = None
+
+
+def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs.to(dtype)
+
+
+def _laid_out(weight: Tensor, steps: Steps) -> Callable[[Tensor], Tensor] | None:
+    """h ↦ h Wᵀ with W brought once into the layout that the product computes in; None where that is not to be had, or no faster.
+
+    A product of a few rows with a large matrix spends much of its time on that layout. A plain layer on a CPU avoids it likewise.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _LARGE or len(steps.sizes) < 8:
+        return None
+    if _lay_out is None or _product is None or not steps.rows or not torch.backends.mkldnn.enabled:
+        return None
+    packed = _lay_out(weight.detach(), steps.rows)
+    product: Callable[..., Tensor] = _product
+    return lambda h: product(h, packed, None, "none", [], "")
+
+
+class Hidden:
+    """The recurrent pair of products at one step, in buffers that all steps share."""
+
+    def __init__(self, matrix: SignedMatrix, steps: Steps, forward: bool) -> None:
+        mean, self.base, s, r = matrix
+        out, width = mean.shape
+        rows = steps.rows
+        self.mean, self.mean_t = mean, mean.t()
+        self.of_mean = _laid_out(mean, steps) if forward else None
+        self.of_base = _laid_out(self.base, steps) if forward and self.base is not None else None
+        if self.base is not None and s is not None and r is not None:
+            self.base_t = self.base.t()
+            self.s, self.r = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
+            self._buffers = mean.new_empty(rows, width), mean.new_empty(rows, out)
+        self._size = -1
+
+    def _signs(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Signs and buffers of the first ``size`` sequences: s and r, then room for an input and for an output."""
+        if size != self._size:
+            self._size = size
+            self._cut = tuple(t[:size] for t in (self.s, self.r, *self._buffers))
+        return self._cut  # type: ignore[return-value]
+
+    def add_(self, gates: Tensor, h: Tensor) -> None:
+        """gates += W̄ h + r ∘ (ΔW (s ∘ h))."""
+        if self.of_mean is None:
+            gates.addmm_(h, self.mean_t)
+        else:
+            gates.add_(self.of_mean(h))
+        if self.base is not None:
+            s, r, signed, z = self._signs(len(h))
+            torch.mul(h, s, out=signed)
+            z = torch.mm(signed, self.base_t, out=z) if self.of_base is None else self.of_base(signed)
+            gates.addcmul_(z, r)
+
+    def back_(self, dh: Tensor, gates: Tensor, keep: bool = False) -> None:
+        """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), added to dh if it is to keep its own."""
+        dh.addmm_(gates, self.mean, beta=int(keep))
+        if self.base is not None:
+            s, r, y, signed = self._signs(len(dh))
+            torch.mul(gates, r, out=signed)
+            torch.mm(signed, self.base, out=y)
+            dh.addcmul_(y, s)
+
+
+def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
+    pieces = buffer.split(steps.sizes)
+    return [(t, pieces[t]) for t in steps.order]
+
+
+def rnn(cell: Cell, steps: Steps, gates: Tensor, h0: Tensor, hidden: Hidden) -> Tensor:
+    """The hidden states, in the memory of the gates."""
+    h = h0
+    for _, piece in _walk(steps, gates):
+        hidden.add_(piece, steps.active(h, h0, len(piece)))
+        h = piece.tanh_() if cell is Cell.TANH else piece.relu_()
+    return gates
+
+
+def rnn_backward(cell: Cell, steps: Steps, gy: Any, dh: Tensor, output: Tensor, hidden: Hidden) -> Tensor:
+    slope = torch.ones_like(output)
+    if cell is Cell.TANH:
+        _tanh_slope(slope, output, grad_input=slope)
+    else:
+        _relu_slope(slope, output, 0, grad_input=slope)
+    for t, d in reversed(_walk(steps, slope)):
+        now = dh[: len(d)]
+        if gy is not None:
+            now.add_(gy[t])
+        d.mul_(now)
+        hidden.back_(now, d)
+    return slope
+
+
+def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    n, sizes = h0.shape[1], steps.sizes
+    output, cells = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
+    outputs, states, both = output.split(sizes), cells.split(sizes), gates[:, : 2 * n].split(sizes)
+    i, f, g, o = (gate.split(sizes) for gate in gates.chunk(4, 1))
+    h, c = h0, c0
+    for t, piece in _walk(steps, gates):
+        h, c = steps.active(h, h0, len(piece)), steps.active(c, c0, len(piece))
+        hidden.add_(piece, h)
+        both[t].sigmoid_()
+        g[t].tanh_()
+        o[t].sigmoid_()
+        c = torch.mul(f[t], c, out=states[t]).addcmul_(i[t], g[t])
+        h = torch.tanh(c, out=outputs[t]).mul_(o[t])
+    return output, cells
+
+
+def lstm_backward(
+    steps: Steps, gy: Any, dh: Tensor, dc: Tensor, c0: Tensor, gates: Tensor, cells: Tensor, hidden: Hidden
+) -> Tensor:
+    sizes, n = steps.sizes, c0.shape[1]
+    i, f, g, o = gates.chunk(4, 1)
+    d = torch.empty_like(gates)
+    d_i, d_f, d_g, d_o = d.chunk(4, 1)
+    tanh_c = torch.tanh(cells)
+    _sigmoid_slope(g, i, grad_input=d_i)
+    _sigmoid_slope(steps.previous(cells, c0), f, grad_input=d_f)
+    _tanh_slope(i, g, grad_input=d_g)
+    _sigmoid_slope(tanh_c, o, grad_input=d_o)
+    through = torch.ops.aten.tanh_backward(o, tanh_c).split(sizes)  # how the output moves with the cell state
+    forget, of_cell, of_output = f.split(sizes), d[:, : 3 * n].unflatten(1, (3, n)).split(sizes), d_o.split(sizes)
+    for t, d_t in reversed(_walk(steps, d)):
+        now, cell = dh[: len(d_t)], dc[: len(d_t)]
+        if gy is not None:
+            now.add_(gy[t])
+        cell.addcmul_(now, through[t])
+        of_cell[t].mul_(cell.unsqueeze(1))
+        of_output[t].mul_(now)
+        cell.mul_(forget[t])
+        hidden.back_(now, d_t)
+    return d
+
+
+def gru(steps: Steps, gates: Tensor, h0: Tensor, bias: Tensor | None, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    """The gates in place, and what the hidden state contributes to the candidate."""
+    n, sizes = h0.shape[1], steps.sizes
+    output, candidate = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
+    outputs, h_n, both = output.split(sizes), candidate.split(sizes), gates[:, : 2 * n].split(sizes)
+    r, z, n_t = (gate.split(sizes) for gate in gates.chunk(3, 1))
+    h, room = h0, gates.new_empty(steps.rows, 3 * n)
+    for t, piece in _walk(steps, gates):
+        size = len(piece)
+        h, y = steps.active(h, h0, size), room[:size]
+        if bias is None:
+            y.zero_()
+        else:
+            y.copy_(bias if bias.dim() == 1 else bias[:size])
+        hidden.add_(y, h)
+        both[t].add_(y[:, : 2 * n]).sigmoid_()
+        h_n[t].copy_(y[:, 2 * n :])
+        n_t[t].addcmul_(r[t], h_n[t]).tanh_()
+        h = torch.lerp(n_t[t], h, z[t], out=outputs[t])
+    return output, candidate
+
+
+def gru_backward(
+    steps: Steps, gy: Any, dh: Tensor, h0: Tensor, output: Tensor, gates: Tensor, candidate: Tensor, hidden: Hidden
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what the hidden state contributes to the gates, and of what the input contributes to the candidate."""
+    sizes, width = steps.sizes, h0.shape[1]
+    r, z, n = gates.chunk(3, 1)
+    d = torch.empty_like(gates)
+    d_r, d_z, d_n = d.chunk(3, 1)
+    inner = torch.ops.aten.tanh_backward(1 - z, n)
+    _sigmoid_slope(candidate, r, grad_input=d_r)
+    d_r.mul_(inner)
+    _sigmoid_slope(steps.previous(output, h0).sub_(n), z, grad_input=d_z)
+    torch.mul(inner, r, out=d_n)
+    kept, of_all, of_input = z.split(sizes), d.unflatten(1, (3, width)).split(sizes), inner.split(sizes)
+    for t, d_t in reversed(_walk(steps, d)):
+        now = dh[: len(d_t)]
+        if gy is not None:
+            now.add_(gy[t])
+        of_all[t].mul_(now.unsqueeze(1))
+        of_input[t].mul_(now)
+        now.mul_(kept[t])
+        hidden.back_(now, d_t, keep=True)
+    return d, inner
