@@ -43,8 +43,10 @@ def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
     section.add_race("64 → 64, 3×3", timings)
     section.add_target("conv2d learnable / plain", timings["flipout, learnable Gaussian"], LEARNABLE_BOUND)
     if not missing:
-        ahead = timings["bayesian-torch Conv2dFlipout"].ratio / timings["flipout, learnable Gaussian"].ratio
-        section.notes.append(f"bayesian-torch takes {ahead:.2f} times as long as learnable flipout.")
+        low, ahead, high = timings["bayesian-torch Conv2dFlipout"].over(timings["flipout, learnable Gaussian"])
+        section.notes.append(
+            f"bayesian-torch takes {ahead:.2f} times as long as learnable flipout (quartiles {low:.2f} – {high:.2f})."
+        )
     return section
 
 

@@ -15,7 +15,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Timing:
         ratio: median over rounds of its time over the baseline's.
         low, high: quartiles of that ratio.
         rounds: how many rounds.
+        seconds: one time a round, of all its calls together.
         others: the share of the machine that other processes used meanwhile; None where the system does not tell.
     """
 
@@ -52,7 +53,12 @@ class Timing:
     low: float
     high: float
     rounds: int
+    seconds: tuple[float, ...]
     others: float | None = None
+
+    def over(self, other: Timing) -> tuple[float, float, float]:
+        """Quartiles of this contestant's time over another's, round by round: low, median, high."""
+        return _quartiles(self.seconds, other.seconds)
 
 
 def race(
@@ -138,9 +144,14 @@ def _time(function: Callable[[], object], calls: int) -> float:
 
 
 def _summary(seconds: list[float], reference: list[float], calls: int, others: float | None) -> Timing:
+    low, middle, high = _quartiles(seconds, reference)
+    return Timing(1e3 * statistics.median(seconds) / calls, middle, low, high, len(seconds), tuple(seconds), others)
+
+
+def _quartiles(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
     ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Timing(1e3 * statistics.median(seconds) / calls, middle, low, high, len(seconds), others)
+    return low, middle, high
 
 
 class _Load:

@@ -71,7 +71,8 @@ def bound(case: str, plain: int) -> float:
     """Plain, one ΔW, one bit per sign, and the margin."""
     net, x, _ = build(case, "plain")
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    signs = x.shape[0] * sum(net.weight.shape[:2])  # type: ignore[union-attr, misc]
+    kernel = net.get_parameter("weight")
+    signs = x.shape[0] * (kernel.shape[0] + kernel.shape[1])
     return MARGIN * (plain + weights + signs / 8)
 
 

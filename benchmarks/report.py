@@ -50,6 +50,7 @@ class Section:
         title: a heading.
         text: what was measured and how, in Markdown.
         rows: one table row each; all have the same columns.
+        seconds: of each race the time of every round, by contestant.
         targets: bounds, met or missed.
         notes: what a reader should know besides, such as skipped peers.
         environment: the machine, filled in when the section is made.
@@ -59,12 +60,14 @@ class Section:
     title: str
     text: str
     rows: list[Row] = field(default_factory=list)
+    seconds: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: environment())
 
     def add_race(self, name: str, timings: Mapping[str, Timing]) -> None:
         """Adds one table row a contestant."""
+        self.seconds[name] = {contestant: t.seconds for contestant, t in timings.items()}
         for contestant, t in timings.items():
             cells = {"contestant": contestant, "ms": t.milliseconds, "ratio": t.ratio, "quartiles": f"{t.low:.2f} – {t.high:.2f}"}
             others = "?" if t.others is None else f"{100 * t.others:.0f} %"
@@ -73,6 +76,11 @@ class Section:
     def add_target(self, what: str, timing: Timing, bound: float) -> None:
         """A bound from above on a contestant's ratio to the baseline."""
         self.targets.append(Target(what, timing.ratio, bound, spread=(timing.low, timing.high)))
+
+    def add_lead(self, what: str, slower: Timing, faster: Timing, bound: float) -> None:
+        """A bound from below on how many times as long another contestant takes."""
+        low, middle, high = slower.over(faster)
+        self.targets.append(Target(what, middle, bound, at_least=True, spread=(low, high)))
 
     def markdown(self) -> str:
         """Heading, machine, table, targets and notes."""
