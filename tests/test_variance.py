@@ -17,8 +17,9 @@ from torch import nn
 
 import flipout
 from flipout.experiments.independent import independent_curve
+from flipout.gradients import gradient, micro_batches, rows_at_once, stream
 from flipout.moments import Estimate, Moments, estimate_mean, log_log_slope, ratio, t_quantile
-from flipout.variance import ESTIMATORS, gradient, gradient_variance, micro_batches, named_estimators, rows_at_once, stream
+from flipout.variance import ESTIMATORS, gradient_variance, named_estimators
 
 D, STD = 4, 0.7
 MEAN = torch.tensor([[0.5, -1.0, 0.3, 0.2]], dtype=torch.float64)

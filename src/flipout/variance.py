@@ -7,17 +7,13 @@ again and reports the variance of every weight's gradient, summed over the weigh
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
+from flipout.gradients import LossFunction, SampleBatch, gradient, require_count, rows_at_once
 from flipout.moments import Estimate, Moments, estimate_mean, ratio
 from flipout.perturb import Perturbed
 
@@ -26,10 +22,8 @@ __all__ = [
     "EstimatorVariance",
     "GradientVariance",
     "block_sizes",
-    "gradient",
     "gradient_variance",
     "named_estimators",
-    "stream",
 ]
 
 #: The estimators by the names that results, tables and the command line use.
@@ -40,13 +34,6 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "local_reparameterization": LocalReparameterization,
     "low_rank": LowRank,
 }
-
-LossFunction = Callable[[Perturbed, Any], Tensor]
-SampleBatch = Callable[[int, torch.Generator], Any]
-
-#: Entries of dense per-member weights that Independent holds at once where no micro_batch is given. A CPU is fastest with what
-#: its cache takes; an accelerator is kept busy with 128 MiB in float32.
-_DENSE_ENTRIES, _DENSE_ENTRIES_CPU = 2**25, 2**20
 
 
 @dataclass(frozen=True)
@@ -183,8 +170,8 @@ def gradient_variance(
     """
     if not isinstance(net, Perturbed):
         raise ArgumentError(f"expected a flipout.Perturbed, got {type(net).__name__}; wrap the module with its noise first")
-    _require_count("batch_size", batch_size, 1)
-    _require_count("seed", seed, 0)
+    require_count("batch_size", batch_size, 1)
+    require_count("seed", seed, 0)
     sizes = block_sizes(draws, repeats)
     found = {}
     for name, estimator in named_estimators(estimators).items():
@@ -204,71 +191,6 @@ def gradient_variance(
         counts = {parameter: moments.mean[parameter].numel() for parameter in values}
         found[name] = EstimatorVariance(name, batch_size, draws, values, counts, confidence)
     return GradientVariance(found)
-
-
-def gradient(
-    net: Perturbed,
-    loss_fn: LossFunction,
-    sample_batch: SampleBatch,
-    batch_size: int,
-    rows: int,
-    seed: int,
-    key: tuple[int, ...],
-) -> dict[str, Tensor]:
-    """One draw of the gradient of the mean weights, by parameter name, under the estimator that ``net`` has.
-
-    Args:
-        net, loss_fn, sample_batch, batch_size: as in :func:`gradient_variance`.
-        rows: a divisor of ``batch_size``: how many examples run at once.
-        seed, key: name the draw; the same names give the same batch, and the same noise under the same estimator.
-    """
-    data = stream(seed, *key)
-    noise = stream(seed, *key, zlib.crc32(repr(net.estimator).encode()), device=_device(net))
-    total: dict[str, Tensor] = {}
-    for _ in micro_batches(net, batch_size // rows, rows, noise):
-        loss = _require_scalar(loss_fn(net, sample_batch(rows, data)))
-        for name, part in _differentiate(net, loss * (rows / batch_size)).items():
-            total[name] = total[name] + part if name in total else part
-    return total
-
-
-def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Generator) -> Iterator[None]:
-    """Holds, for each of ``count`` micro-batches in turn, a draw for its ``rows`` members.
-
-    Members of all micro-batches share what members of one batch share under the estimator (a base perturbation, for flipout)
-    and are otherwise drawn afresh, so that together they are one batch of ``count * rows`` members.
-
-    Raises:
-        ArgumentError: for several micro-batches under ``Flipout(per_step=True)``.
-    """
-    estimator = net.estimator
-    if isinstance(estimator, Flipout) and estimator.per_step and count > 1:
-        raise ArgumentError(
-            f"{estimator} draws signs at every time step and has no members to draw afresh, so a batch cannot be run as micro-batches "
-            "of one base perturbation; leave micro_batch out, or use Flipout()"
-        )
-    if not estimator.has_members and not estimator.per_token:  # nothing is shared between members
-        for _ in range(count):
-            with net.hold(rows, generator):
-                yield
-        return
-    with net.hold(rows, generator) as draw:
-        for i in range(count):
-            if i and estimator.has_members and not isinstance(estimator, Shared):
-                draw.resample(range(rows))
-            yield
-
-
-def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> int:
-    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows."""
-    if micro_batch is not None:
-        limit = _require_count("micro_batch", micro_batch, 1)
-    elif isinstance(net.estimator, Independent):
-        most = _DENSE_ENTRIES_CPU if _device(net).type == "cpu" else _DENSE_ENTRIES
-        limit = max(1, most // sum(parameter.numel() for parameter in net.module.parameters()))
-    else:
-        limit = batch_size
-    return next(rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0)
 
 
 def named_estimators(estimators: Iterable[str | Estimator]) -> dict[str, Estimator]:
@@ -300,51 +222,14 @@ def named_estimators(estimators: Iterable[str | Estimator]) -> dict[str, Estimat
     return found
 
 
-def stream(seed: int, *key: int, device: torch.device | None = None) -> torch.Generator:
-    """A generator of its own for every (seed, key), independent of all others and of their order."""
-    words = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(2, np.uint32)
-    generator = torch.Generator(device=device or torch.device("cpu"))
-    return generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
-
-
-def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:
-    parameters = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ArgumentError("no parameter of the module requires a gradient, so there is no gradient to vary")
-    parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if part is None else part
-        for (name, parameter), part in zip(parameters.items(), parts, strict=True)
-    }
-
-
 def block_sizes(draws: int, repeats: int | None) -> list[int]:
     """Blocks of nearly equal size. The default keeps the interval within a tenth of the narrowest that any choice gives."""
-    _require_count("draws", draws, 2)
+    require_count("draws", draws, 2)
     if repeats is None:
         repeats = max(1, min(20, max(draws // 4, min(draws // 2, 4))))
-    if _require_count("repeats", repeats, 1) > draws // 2:
+    if require_count("repeats", repeats, 1) > draws // 2:
         raise ArgumentError(f"draws={draws} do not give {repeats} blocks of at least 2 draws each; lower repeats")
     return [draws // repeats + (i < draws % repeats) for i in range(repeats)]
-
-
-def _device(net: Perturbed) -> torch.device:
-    return next(net.module.parameters()).device
-
-
-def _require_count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")
-    return value
-
-
-def _require_scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ArgumentError(f"loss_fn returned {found}; expected the mean loss of the batch, a scalar tensor")
-    if not loss.requires_grad:
-        raise ArgumentError("the loss does not depend on a parameter through autograd; drop no_grad() and detach() from loss_fn")
-    return loss
 
 
 def _require_finite(variances: dict[str, float]) -> dict[str, float]:

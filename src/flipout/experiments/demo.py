@@ -27,10 +27,11 @@ from flipout.experiments.environment import describe_environment, find_device
 from flipout.experiments.figures import draw_demo
 from flipout.experiments.independent import independent_curve
 from flipout.experiments.networks import FullyConnected
+from flipout.gradients import micro_batches, rows_at_once, stream
 from flipout.moments import Estimate, log_log_slope, ratio
 from flipout.noise import MultiplicativeGaussian
 from flipout.perturb import Perturbed
-from flipout.variance import ESTIMATORS, EstimatorVariance, gradient_variance, micro_batches, rows_at_once, stream
+from flipout.variance import ESTIMATORS, EstimatorVariance, gradient_variance
 
 __all__ = ["DemoResult", "DemoSettings", "TrainingRun", "run_demo", "save_result"]
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from flipout.errors import ArgumentError
 from flipout.estimators import Independent
+from flipout.gradients import LossFunction, SampleBatch, gradient
 from flipout.moments import Moments
 from flipout.perturb import Perturbed
-from flipout.variance import EstimatorVariance, LossFunction, SampleBatch, block_sizes, gradient
+from flipout.variance import EstimatorVariance, block_sizes
 
 __all__ = ["independent_curve"]
 
