@@ -113,8 +113,8 @@ class Perturbed(nn.Module):
             placed.undo()
         if type(output) is PerturbedWeight:
             raise BatchError(
-                f"{type(self.module).__name__} returned the perturbed weight {output.origin.name!r} {tuple(output.shape)} itself, which "
-                "has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
+                f"{type(self.module).__name__} returned the perturbed weight {output.origin.name!r} {tuple(output.shape)} itself, "
+                "which has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
             )
         return output
 
