@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Per-example random weights: measurements and experiments.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Per-example random weights: measurements and experiments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
