@@ -278,6 +278,23 @@ def test_nested_fast_path_of_a_padded_batch(estimator: str) -> None:
     assert distance(y[kept], torch.cat(single)[kept]) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_fast_path_around_a_perturbed_layer_raises_and_restores() -> None:
+    """torch packs the padded batch before it looks at the second layer, whose weights are perturbed."""
+    module = _stack().double().eval()
+    before = dict(module.named_parameters())
+    net = flipout.Perturbed(module, NOISE, include="layers.1.*", generator=seeded())
+    x, padding = rows(N, L, WIDTH), torch.arange(L) > torch.tensor([[4], [2], [3], [1]])
+    with net.sampling(), torch.no_grad(), pytest.raises((flipout.FlipoutError, AssertionError), match=r"[Nn]ested"):
+        net(x, src_key_padding_mask=padding)
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    module.use_nested_tensor = False
+    with net.hold(members=N) as draw, torch.no_grad():
+        y = net(x, src_key_padding_mask=padding)
+        single = by_member(module, draw, lambda f, n: f(x[n : n + 1], src_key_padding_mask=padding[n : n + 1]))
+    assert distance(y[~padding], torch.cat(single)[~padding]) < EXACT
+
+
 def test_tokens_draw_their_own_signs() -> None:
     module = attention(batch_first=True, add_bias_kv=True)
     net = flipout.Perturbed(module, NOISE, flipout.Flipout(granularity="token"), generator=seeded())

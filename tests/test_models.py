@@ -99,6 +99,17 @@ def test_every_row_of_generate_is_one_model(name: str) -> None:
     assert torch.equal(module.generate(**inputs, **options), plain)
 
 
+def test_the_first_call_counts_the_members() -> None:
+    """An encoder that generate() calls by itself is a call like any other."""
+    entry, module = made("T5")
+    inputs = entry.generate_inputs(N) if entry.generate_inputs else {}
+    with flipout.perturbed(module, NOISE, exclude=entry.exclude, generator=seeded()) as draw:
+        first = module.generate(**inputs, max_new_tokens=3)
+        again = module.generate(**inputs, max_new_tokens=3)
+    assert draw.members == N
+    assert torch.equal(first, again)
+
+
 def test_beams_are_rows_of_their_member() -> None:
     entry, module = made("GPT-2")
     inputs = entry.inputs(N)
