@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import flipout
 from benchmarks import peers
-from benchmarks.harness import MIN_ROUNDS, PATIENCE, forward_backward, race
+from benchmarks.harness import MIN_ROUNDS, PATIENCE, Timing, forward_backward, race
 from benchmarks.report import Section
 
 SIZES = [(8192, 784, 512), (1024, 1024, 1024), (128, 1024, 1024)]
@@ -36,6 +36,12 @@ def six_products(x: Tensor, out: int) -> Callable[[], None]:
             torch.mm(g.t(), x)
 
     return step
+
+
+def ceiling(size: str, peer: Timing, floor: Timing) -> str:
+    """How far any layer with a learnable scale could lead the peer."""
+    low, middle, high = peer.over(floor)
+    return f"{size}: bayesian-torch / six bare products is {middle:.2f} ({low:.2f} – {high:.2f}): the most by which a learnable scale could lead here."
 
 
 def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
@@ -65,6 +71,7 @@ def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
         if not missing:
             peer, own = timings["bayesian-torch LinearFlipout"], timings["flipout, learnable Gaussian"]
             section.add_lead(f"{size} bayesian-torch / learnable", peer, own, PEER_BOUND)
+            section.notes.append(ceiling(size, peer, timings[FLOOR]))
     return section
 
 
