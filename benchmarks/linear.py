@@ -41,7 +41,8 @@ def six_products(x: Tensor, out: int) -> Callable[[], None]:
 def ceiling(size: str, peer: Timing, floor: Timing) -> str:
     """How far any layer with a learnable scale could lead the peer."""
     low, middle, high = peer.over(floor)
-    return f"{size}: bayesian-torch / six bare products is {middle:.2f} ({low:.2f} – {high:.2f}): the most by which a learnable scale could lead here."
+    most = "the most by which a learnable scale could lead here"
+    return f"{size}: bayesian-torch / six bare products is {middle:.2f} ({low:.2f} – {high:.2f}): {most}."
 
 
 def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
