@@ -149,7 +149,8 @@ class Gaussian(Noise):
     std: float | Tensor
 
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+        # the stream of randn(), which torch.compile cannot give a generator where a size is not fixed
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:
         return -0.5 * (unit.square() + math.log(2 * math.pi))
@@ -233,7 +234,7 @@ class DropConnect(Noise):
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.symmetric:
             return Rademacher(1.0).unit(shape, generator=generator, dtype=dtype, device=device)
-        kept = torch.rand(shape, generator=generator, device=device) >= self.p
+        kept = torch.empty(shape, device=device).uniform_(generator=generator) >= self.p
         return kept.to(dtype).div_(1 - self.p).sub_(1)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ class Perturbed(nn.Module):
         return output
 
     def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
-        log_std = {site.name: self.log_std[_key(site.name)] for site in self._sites if site.noise.learnable}
-        return Draw(self.module, self._sites, log_std, self.estimator, members, generator, self.fallback)
+        return Draw(self.module, self._sites, _Scales(self.log_std), self.estimator, members, generator, self.fallback)
 
     @contextmanager
     def sampling(self) -> Iterator[Perturbed]:
@@ -337,6 +336,24 @@ class _Calls:
         if self.placed is not None:
             self.placed.undo()
             self.placed = None
+
+
+class _Scales(Mapping[str, torch.Tensor]):
+    """The learnable scales by parameter name as they stand now, also where ``functional_call`` has put others in their place."""
+
+    def __init__(self, scales: nn.ParameterDict) -> None:
+        self._slots = scales._parameters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        scale = self._slots[_key(name)]
+        assert scale is not None
+        return scale
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.replace("/", ".") for key in self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
 
 def _key(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ def draw_signs(
 
 def _random_bytes(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """At least ``count`` random bytes: a whole number of words."""
-    if torch.compiler.is_compiling():  # the compiler has no random_()
-        return torch.randint(256, (count,), dtype=torch.uint8, device=device, generator=generator)
+    if torch.compiler.is_compiling():  # the compiler has no random_(), nor generator=None for a size that it does not know
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        return torch.randint(256, (count,), dtype=torch.uint8, device=device, **source)
     # All 64 bits of a word are random only over the full range: random_() alone leaves the sign bit 0.
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
     return words.random_(_INT64_MIN, None, generator=generator).view(torch.uint8)
