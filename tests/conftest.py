@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("laws", derandomize=True, deadline=None, database=None, max_examples=25)
+hypothesis.settings.register_profile("laws", derandomize=True, deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("laws")
 
 
