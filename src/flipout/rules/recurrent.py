@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
-from flipout.modes import autocast
+from flipout.modes import autocast, transformed
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
 from flipout.rules.sequence import Cell, Steps, cell_step, unroll
 from flipout.rules.sequence_kernel import SignedMatrix, signed_sequence
 from flipout.slots import FlatWeights
-from flipout.weight import Layout, PerturbedWeight, carriers_in
+from flipout.weight import Factor, Layout, PerturbedWeight, carriers_in
 
 __all__ = ["recurrent"]
 
@@ -202,11 +202,16 @@ def _signed(batch: _Batch, weights: _Weights) -> tuple[SignedMatrix, SignedMatri
             return None
         mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
         signs = sign_factors(term)
-        if signs is None or term.base.shape != mean.shape:
+        if signs is None or term.base.shape != mean.shape or not all(_are_signs(factor) for factor in signs):
             return None
         s, r = (factor.compact(mean.dtype) for factor in signs)
         found.append(SignedMatrix(mean, term.base, s, r))
     return found[0], found[1]
+
+
+def _are_signs(factor: Factor) -> bool:
+    """Whether the values are all -1 or +1, which the kernel's backward relies on: a joined weight has zeros among them."""
+    return factor.packed or factor.values is None or transformed() or bool((factor.values.abs() == 1).all())
 
 
 def _bias_rows(batch: _Batch, bias: Any) -> Tensor | None:

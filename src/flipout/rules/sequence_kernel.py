@@ -101,6 +101,10 @@ class _Rows:
         view, spread = self.pair(buffer, values)
         return (view * spread).view(buffer.shape)
 
+    def add_scaled_(self, buffer: Tensor, other: Tensor, values: Tensor) -> None:
+        view, spread = self.pair(other, values)
+        buffer.view(view.shape).addcmul_(view, spread)
+
     def add_(self, buffer: Tensor, values: Tensor) -> Tensor:
         if values.dim() == 1:
             return buffer.add_(values)
@@ -203,28 +207,32 @@ def _backward(
         d_hidden[:, 2 * h0.shape[1] :] = d_candidate
     if needs[3]:
         found[3] = rows.sum(d_hidden, bias_x)
-    if needs[0]:
-        found[0] = _input_gradient(rows, d_hidden, input)
-    found[5:7] = _weight_gradients(rows, d_hidden, x, input, needs[5:7])
+    found[0], found[5], found[6] = _input_gradients(rows, d_hidden, x, input, (needs[0], *needs[5:7]))
     return found
 
 
 def _weight_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
-    """Dᵀ X for the mean and (R ∘ D)ᵀ (S ∘ X) for ΔW: products over all steps at once."""
+    """Dᵀ X for the mean and (R ∘ D)ᵀ (S ∘ X) for ΔW: products over all steps at once. Leaves D as it was, and X not."""
     found: list[Tensor | None] = [torch.mm(d.t(), x) if needs[0] else None, None]
     if needs[1] and matrix.s is not None and matrix.r is not None:
         out, width = matrix.mean.shape
         s, r = numbers(matrix.s, width, d.dtype), numbers(matrix.r, out, d.dtype)
-        found[1] = torch.mm(rows.scale_(d, r).t(), rows.scaled(x, s))
+        found[1] = torch.mm(rows.scale_(d, r).t(), rows.scale_(x, s))
         rows.scale_(d, r)  # signs undo themselves
     return found
 
 
-def _input_gradient(rows: _Rows, d: Tensor, matrix: SignedMatrix) -> Tensor:
+def _input_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> tuple[Tensor | None, ...]:
+    """D W̄ + S ∘ ((R ∘ D) ΔW) for the inputs, and what :func:`_weight_gradients` gives for the matrix. D is used up."""
     mean, base, s, r = matrix
-    if base is None or s is None or r is None:
-        return torch.mm(d, mean)
-    signs = numbers(r, len(mean), d.dtype)
-    gx = torch.mm(rows.scale_(d, signs), base)
-    rows.scale_(d, signs)
-    return rows.scale_(gx, numbers(s, mean.shape[1], d.dtype)).addmm_(d, mean)
+    gx = torch.mm(d, mean) if needs[0] else None
+    gw = torch.mm(d.t(), x) if needs[1] else None
+    gd = None
+    if base is not None and s is not None and r is not None and (needs[0] or needs[2]):
+        s = numbers(s, mean.shape[1], d.dtype)
+        rows.scale_(d, numbers(r, len(mean), d.dtype))
+        if needs[2]:
+            gd = torch.mm(d.t(), rows.scaled(x, s))
+        if gx is not None:
+            rows.add_scaled_(gx, torch.mm(d, base), s)
+    return gx, gw, gd

@@ -56,12 +56,14 @@ def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs.to(dtype)
 
 
-def _laid_out(weight: Tensor, steps: Steps) -> Callable[[Tensor], Tensor] | None:
+def _laid_out(weight: Tensor | None, steps: Steps, least: int) -> Callable[[Tensor], Tensor] | None:
     """h ↦ h Wᵀ with W brought once into the layout that the product computes in; None where that is not to be had, or no faster.
 
     A product of a few rows with a large matrix spends much of its time on that layout. A plain layer on a CPU avoids it likewise.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _LARGE or len(steps.sizes) < 8:
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if weight.numel() < _LARGE or len(steps.sizes) < least:
         return None
     if _lay_out is None or _product is None or not steps.rows or not torch.backends.mkldnn.enabled:
         return None
@@ -78,8 +80,11 @@ class Hidden:
         out, width = mean.shape
         rows = steps.rows
         self.mean, self.mean_t = mean, mean.t()
-        self.of_mean = _laid_out(mean, steps) if forward else None
-        self.of_base = _laid_out(self.base, steps) if forward and self.base is not None else None
+        if forward:
+            self.of_mean, self.of_base = (_laid_out(weight, steps, 8) for weight in (mean, self.base))
+        else:  # a transpose takes longer to lay out
+            transposed = self.mean_t, None if self.base is None else self.base.t()
+            self.of_mean, self.of_base = (_laid_out(weight, steps, 24) for weight in transposed)
         if self.base is not None and s is not None and r is not None:
             self.base_t = self.base.t()
             self.s, self.r = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
@@ -107,11 +112,16 @@ class Hidden:
 
     def back_(self, dh: Tensor, gates: Tensor, keep: bool = False) -> None:
         """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), added to dh if it is to keep its own."""
-        dh.addmm_(gates, self.mean, beta=int(keep))
+        if self.of_mean is None:
+            dh.addmm_(gates, self.mean, beta=int(keep))
+        elif keep:
+            dh.add_(self.of_mean(gates))
+        else:
+            dh.copy_(self.of_mean(gates))
         if self.base is not None:
             s, r, y, signed = self._signs(len(dh))
             torch.mul(gates, r, out=signed)
-            torch.mm(signed, self.base, out=y)
+            y = torch.mm(signed, self.base, out=y) if self.of_base is None else self.of_base(signed)
             dh.addcmul_(y, s)
 
 
