@@ -225,3 +225,34 @@ def test_a_stack_indexed_by_expert_is_refused() -> None:
     net = flipout.Perturbed(Experts(), flipout.Gaussian(0.1))
     with pytest.raises(flipout.BatchError, match="mixture of experts"):
         net(torch.ones(6, 4))
+
+
+@pytest.mark.parametrize(("rows", "length"), [(5, 7), (4, 8), (9, 9), (3, 12)])
+def test_positions_without_a_batch_dimension_are_not_taken_for_rows(rows: int, length: int) -> None:
+    """``wpe(arange(T))`` is one lookup for all examples: refused whether or not T fits the rows by chance."""
+
+    class Positions(nn.Module):
+        def __init__(self, lead: bool) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 3)
+            self.lead = lead
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(2, 2 + x.shape[1])
+            return x + self.table(positions[None] if self.lead else positions)
+
+    x = torch.randn(rows, length, 3)
+    with pytest.raises(flipout.BatchError, match="positions that all examples share need a batch dimension of 1"):
+        flipout.Perturbed(Positions(lead=False), flipout.Gaussian(0.1))(x)
+    net = flipout.Perturbed(Positions(lead=True), flipout.Gaussian(0.1))
+    with net.hold(rows) as draw, torch.no_grad():
+        expected = torch.cat([draw.module(n)(x[n : n + 1]) for n in range(rows)])
+        assert torch.allclose(net(x), expected, atol=1e-6)
+
+
+def test_a_label_a_row_is_its_rows() -> None:
+    labels = torch.randint(5, (9,))
+    net = flipout.Perturbed(nn.Embedding(5, 3), flipout.Gaussian(0.1))
+    with net.hold(9) as draw, torch.no_grad():
+        expected = torch.stack([draw.weights(n)["weight"][labels[n]] for n in range(9)])
+        assert torch.allclose(net(labels), expected, atol=1e-6)

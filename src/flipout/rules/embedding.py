@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
+from flipout.modes import transformed
 from flipout.registry import rule
 from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
@@ -56,15 +57,29 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int
 
 def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
     """The indices and their axis of rows."""
+    layout, name = weight.batch, weight.origin.name
     try:
-        return weight.batch.locate(indices, 0, "a lookup")
+        if not _positions(indices, layout):
+            return layout.locate(indices, 0, "a lookup")
     except BatchError:
-        layout, name = weight.batch, weight.origin.name
+        pass
     raise BatchError(
         f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own "
         f"input has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all "
         f"examples share need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
     )
+
+
+def _positions(indices: Tensor, layout: Layout) -> bool:
+    """Whether a vector of indices is ``arange(T)``: positions, not rows, even where T is a multiple of the rows by chance.
+
+    A few labels may well count up, so that a vector with less than eight rows is believed to hold one a row. Under a compiler
+    nothing can be read.
+    """
+    size = indices.numel()
+    if indices.dim() != 1 or size < 2 or (size == layout.rows and size < 8) or transformed() or indices.is_meta:
+        return False
+    return bool((indices.diff() == 1).all())
 
 
 def _term(indices: Tensor, axis: int, rows: int, term: Term, weight: PerturbedWeight, read: Any) -> Tensor:
