@@ -165,6 +165,10 @@ def test_local_reparameterization_serves_or_refuses(case: Case) -> None:
                 net(*x)
 
 
+#: One case a hand-written backward; the second derivatives of all others are judged by the oracle's alone.
+CURVATURE = {"linear", "linear_no_bias", "mlp", "conv2d", "conv_transpose1d", "bilinear", "embedding", "layer_norm", "mul"}
+
+
 @every_case
 def test_gradients_match_finite_differences(case: Case) -> None:
     if not case.smooth:
@@ -174,3 +178,5 @@ def test_gradients_match_finite_differences(case: Case) -> None:
     tensors = [*net.parameters(), *(v for v in x if v.requires_grad)]
     with net.hold(MEMBERS):
         assert torch.autograd.gradcheck(lambda *_: net(*x), tensors, fast_mode=True)
+        if case.name in CURVATURE:
+            assert torch.autograd.gradgradcheck(lambda *_: net(*x), tensors, fast_mode=True)

@@ -405,6 +405,18 @@ def test_an_unbatched_input_is_one_example(layer: nn.Module) -> None:
     assert not torch.equal(net(x), net(x))
 
 
+def test_the_first_tensor_of_a_call_counts_the_examples() -> None:
+    """A flat list of words and offsets: by keyword, the offsets can stand first."""
+    words, offsets = torch.tensor([3, 1, 4, 1, 5, 2, 6, 5]), torch.tensor([0, 3, 5])
+    net = flipout.Perturbed(nn.EmbeddingBag(7, 4).double(), flipout.Gaussian(0.2))
+    with net.hold(3) as draw, torch.no_grad():
+        y = net(offsets=offsets, input=words)
+        for n, bag in enumerate((words[:3], words[3:5], words[5:])):
+            assert distance(y[n : n + 1], draw.module(n)(bag[None])) <= EXACT
+    with pytest.raises(flipout.BatchError, match=r"3 bags for 8 members.*offsets first, by keyword"):
+        net(words, offsets)
+
+
 # --- randomness -------------------------------------------------------------------------------------------------------
 
 
