@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases.base import Case, floats, given, second
+from cases.base import Case, Inputs, floats, given, second
 
 
 class Twice(nn.Module):
@@ -88,11 +88,16 @@ MATRICES = [
     Case("stack_deep", given(lambda m, x: x @ m.w, w=(2, 3, 5, 4)), floats(2, 3, 1, 5)),
 ]
 
+
+def _two(*lead: int) -> Inputs:
+    return lambda n, g: (*floats(*lead, 3)(n, g), *floats(*lead, 4)(n, g))
+
+
 BILINEAR = [
-    Case("bilinear", lambda: nn.Bilinear(3, 4, 2), lambda n, g: (*floats(3)(n, g), *floats(4)(n, g)), local=True),
-    Case("bilinear_no_bias", lambda: nn.Bilinear(3, 4, 2, bias=False), lambda n, g: (*floats(3)(n, g), *floats(4)(n, g)), local=True),
-    Case("bilinear_3d", lambda: nn.Bilinear(3, 4, 2), lambda n, g: (*floats(2, 3)(n, g), *floats(2, 4)(n, g))),
-    Case("bilinear_bias_only", lambda: nn.Bilinear(3, 4, 2), lambda n, g: (*floats(3)(n, g), *floats(4)(n, g)), exclude=("weight",), local=True),
-]  # fmt: skip
+    Case("bilinear", lambda: nn.Bilinear(3, 4, 2), _two(), local=True),
+    Case("bilinear_no_bias", lambda: nn.Bilinear(3, 4, 2, bias=False), _two(), local=True),
+    Case("bilinear_3d", lambda: nn.Bilinear(3, 4, 2), _two(2)),
+    Case("bilinear_bias_only", lambda: nn.Bilinear(3, 4, 2), _two(), exclude=("weight",), local=True),
+]
 
 CASES = [*LAYERS, *MATRICES, *BILINEAR]
