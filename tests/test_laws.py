@@ -148,7 +148,8 @@ def test_autocast_keeps_the_plain_dtype(case: Case, estimator: str) -> None:
         try:
             assert y.dtype == net.module(*x).dtype
         except RuntimeError as error:  # an LSTM, where the processor has no bfloat16
-            assert "could not create a primitive" in str(error)
+            if "could not create a primitive" not in str(error):
+                raise
     y.float().sum().backward()
     assert all(p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in net.parameters())
 

@@ -147,8 +147,8 @@ POOLED = [
     "linear", "linear_3d", "linear_batch_second", "linear_folded", "addmm_scaled", "matmul_left_3d", "matvec_left", "stack_right",
     "bilinear_3d", "conv1d_stride", "conv2d", "conv2d_stride_padding_dilation", "conv2d_same", "conv2d_reflect", "conv2d_groups",
     "conv2d_depthwise", "conv3d", "conv_transpose1d_output_padding", "conv_transpose2d_all", "embedding", "bag_mean", "bag_offsets",
-    "positions", "class_token", "layer_norm_3d", "group_norm", "batch_norm2d", "prelu_channels", "mul", "scalar_mul", "masked_kernel",
-    "reshape_mixed", "columns_step", "cat_columns",
+    "positions", "class_token", "layer_norm_3d", "group_norm", "batch_norm2d", "prelu_channels", "mul", "scalar_mul",
+    "masked_kernel", "reshape_mixed", "columns_step", "cat_columns",
 ]  # fmt: skip
 
 

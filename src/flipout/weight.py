@@ -249,8 +249,8 @@ class PerturbedWeight(torch.Tensor):
         """Raises UnsupportedNoiseError if ``what`` needs weights that the estimator does not draw."""
         if not self.drawn:
             raise UnsupportedNoiseError(
-                f"{self.origin.estimator} met {self.origin.name!r} {tuple(self.mean_weight.shape)} in {what}: it draws the noise of "
-                "a linear map's result and no weights, so it serves linear maps alone; use Flipout(), or exclude the parameter"
+                f"{self.origin.estimator} met {self.origin.name!r} {tuple(self.mean_weight.shape)} in {what}: it draws the noise "
+                "of a linear map's result and no weights, so it serves linear maps alone; use Flipout(), or exclude the parameter"
             )
 
     def member(self, n: int) -> Tensor:

@@ -171,8 +171,8 @@ def embedding_bag(
     if not members or bags % members or (layout.rows is not None and bags != layout.rows):
         raise BatchError(
             f"embedding_bag met {weight.origin.name!r} with {bags} bags for {members} members and {layout.rows} rows of the "
-            "module's own input; give it one bag a row (a 2-D input), or call the module with its offsets first, by keyword: the first "
-            "tensor of a call counts its examples"
+            "module's own input; give it one bag a row (a 2-D input), or call the module with its offsets first, by keyword: "
+            "the first tensor of a call counts its examples"
         )
     ends = torch.cat([offsets[1:], offsets.new_tensor([flat.numel()])])
     bag = torch.repeat_interleave(torch.arange(bags, device=flat.device), ends - offsets, output_size=flat.numel())
