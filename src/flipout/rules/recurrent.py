@@ -7,81 +7,34 @@ own ``batch_first``; those of a packed batch are put back into the order in whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flipout.errors import BatchError, UnsupportedNoiseError
-from flipout.estimators import Estimator, LocalReparameterization
+from flipout.errors import BatchError
+from flipout.estimators import Estimator
 from flipout.modes import autocast, transformed
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
 from flipout.rules.sequence import Cell, Steps, cell_step, unroll
 from flipout.rules.sequence_kernel import SignedMatrix, signed_sequence
-from flipout.slots import FlatWeights
-from flipout.weight import Factor, Layout, PerturbedWeight, carriers_in
+from flipout.rules.sequence_rows import (
+    Batch,
+    Weights,
+    batch_of,
+    first_rows,
+    is_fresh,
+    on_rows,
+    per_step,
+    refuse_local,
+    require_states,
+)
+from flipout.weight import Factor, PerturbedWeight, carriers_in
 
 __all__ = ["recurrent"]
-
-
-class _Weights(NamedTuple):
-    """The parameters of one direction of one layer, or of a cell; any of them may be perturbed."""
-
-    ih: Any
-    hh: Any
-    bias_ih: Any = None
-    bias_hh: Any = None
-    hr: Any = None
-
-    def map(self, function: Callable[[Any], Any]) -> _Weights:
-        return _Weights(*(None if weight is None else function(weight) for weight in self))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Which member each of B sequences belongs to.
-
-    Attributes:
-        rows: B.
-        owner: the member of each sequence, ``[B]``; None where they are in member-major blocks.
-    """
-
-    rows: int
-    owner: Tensor | None
-
-    def gathered(self, weight: Any) -> Any:
-        """The weight with one member a sequence, in the sequences' order."""
-        if not isinstance(weight, PerturbedWeight) or _fresh(weight):
-            return weight
-        owner, members = self.owner, weight.batch.members or 0
-        if owner is None and members != self.rows:
-            owner = torch.arange(members, device=weight.mean_weight.device).repeat_interleave(self.rows // max(members, 1))
-        terms = weight.terms if owner is None else tuple(term.members(owner) for term in weight.terms)
-        return PerturbedWeight(weight.mean_weight, terms, Layout(self.rows, self.rows, 0), weight.origin)
-
-
-def _fresh(weight: PerturbedWeight) -> bool:
-    """Whether signs are drawn anew at each step: the linear rule draws them for every row that it meets."""
-    return weight.batch.members is None
-
-
-def _per_step(weight: Any) -> Any:
-    """Under ``per_step``, the weight without the signs of its members."""
-    if not isinstance(weight, PerturbedWeight) or not getattr(weight.origin.estimator, "per_step", False) or _fresh(weight):
-        return weight
-    terms = tuple(replace(term, factors=tuple(replace(f, values=None, packed=True) for f in term.factors)) for term in weight.terms)
-    return PerturbedWeight(weight.mean_weight, terms, Layout(None, None, 0), weight.origin)
-
-
-def _on(weight: Any, rows: int, dim: int) -> Any:
-    """The weight, for an operand whose rows are on ``dim``."""
-    if not isinstance(weight, PerturbedWeight) or _fresh(weight):
-        return weight
-    return PerturbedWeight(weight.mean_weight, weight.terms, Layout(weight.batch.members, rows, dim), weight.origin)
 
 
 def _linear(x: Tensor, weight: Any, bias: Any) -> Tensor:
@@ -123,7 +76,7 @@ def recurrent(
     """
     what = cell.value
     carriers = list(carriers_in(list(params)))
-    _refuse_local(carriers, what)
+    refuse_local(carriers, what)
     directions = 2 if bidirectional else 1
     if sizes is None:
         x = x.transpose(0, 1) if batch_first else x
@@ -134,9 +87,9 @@ def recurrent(
         steps, packed = tuple(sizes.tolist()), x
     if not steps:
         raise BatchError(f"{what} got an input of shape {tuple(x.shape)}, a sequence without steps; give it at least one")
-    batch = _batch(carriers, steps[0], params, sizes is not None, what)
+    batch = batch_of(carriers, steps[0], params, sizes is not None, what)
     for state in hx:
-        _require_states(state, steps[0], carriers[0], what)
+        require_states(state, steps[0], carriers[0], what)
     count = len(params) // (num_layers * directions)
     y = packed
     if _low_precision(cell, x, count % 2 == 1):
@@ -163,14 +116,14 @@ def recurrent(
     return y, *states
 
 
-def _weights(params: Sequence[Any], has_biases: bool) -> _Weights:
+def _weights(params: Sequence[Any], has_biases: bool) -> Weights:
     bias_ih, bias_hh = params[2:4] if has_biases else (None, None)
     projection = params[-1] if len(params) % 2 else None
-    return _Weights(params[0], params[1], bias_ih, bias_hh, projection).map(_per_step)
+    return Weights(params[0], params[1], bias_ih, bias_hh, projection).map(per_step)
 
 
 def _direction(
-    cell: Cell, steps: Steps, batch: _Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+    cell: Cell, steps: Steps, batch: Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer over packed inputs ``[total, in]``."""
     mixed = torch.is_autocast_enabled(x.device.type) and not _low_precision(cell, x, weights.hr is not None)
@@ -191,14 +144,14 @@ def _low_precision(cell: Cell, x: Tensor, projected: bool) -> bool:
     return x.device.type != "cpu" or (cell is Cell.LSTM and not projected)
 
 
-def _signed(batch: _Batch, weights: _Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
+def _signed(batch: Batch, weights: Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
     """The two matrices for the sequence kernel; None where one of them is more than a mean and flipout's one signed term."""
     found = []
     for weight in weights[:2]:
         if not isinstance(weight, PerturbedWeight):
             found.append(SignedMatrix(weight))
             continue
-        if _fresh(weight) or len(weight.terms) != 1:
+        if is_fresh(weight) or len(weight.terms) != 1:
             return None
         mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
         signs = sign_factors(term)
@@ -214,25 +167,25 @@ def _are_signs(factor: Factor) -> bool:
     return factor.packed or factor.values is None or transformed() or bool((factor.values.abs() == 1).all())
 
 
-def _bias_rows(batch: _Batch, bias: Any) -> Tensor | None:
+def _bias_rows(batch: Batch, bias: Any) -> Tensor | None:
     """A plain bias, or the biases of the sequences ``[B, out]``."""
     values: Tensor | None = batch.gathered(bias).dense() if isinstance(bias, PerturbedWeight) else bias
     return values
 
 
 def _composed(
-    cell: Cell, steps: Steps, batch: _Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+    cell: Cell, steps: Steps, batch: Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Any estimator: the linear rule at each step."""
     blocks = steps.uniform and batch.owner is None
     if not blocks:
         weights = weights.map(batch.gathered)
     gates = _input_gates(steps, x, weights)
-    cut: dict[int, _Weights] = {}
+    cut: dict[int, Weights] = {}
 
-    def at(size: int) -> _Weights:
+    def at(size: int) -> Weights:
         if size not in cut:
-            cut[size] = weights.map(lambda weight: _first(weight, size) if size != steps.rows else _on(weight, size, 0))
+            cut[size] = weights.map(lambda weight: first_rows(weight, size) if size != steps.rows else on_rows(weight, size, 0))
         return cut[size]
 
     def hidden(h: Tensor) -> Tensor:
@@ -243,17 +196,9 @@ def _composed(
     return unroll(cell, steps, gates, h0, c0, hidden, project)
 
 
-def _first(weight: Any, size: int) -> Any:
-    """The weights of the first sequences only."""
-    if not isinstance(weight, PerturbedWeight) or _fresh(weight):
-        return weight
-    terms = tuple(term.members(slice(0, size)) for term in weight.terms)
-    return PerturbedWeight(weight.mean_weight, terms, Layout(size, size, 0), weight.origin)
-
-
-def _input_gates(steps: Steps, x: Tensor, weights: _Weights) -> Tensor:
+def _input_gates(steps: Steps, x: Tensor, weights: Weights) -> Tensor:
     """What the inputs contribute to the gates of all steps; sequences of differing lengths are padded for it."""
-    fresh = [w for w in (weights.ih, weights.bias_ih) if isinstance(w, PerturbedWeight) and _fresh(w)]
+    fresh = [w for w in (weights.ih, weights.bias_ih) if isinstance(w, PerturbedWeight) and is_fresh(w)]
     if fresh:
         return _linear(x, weights.ih, weights.bias_ih)
     T, B = len(steps.sizes), steps.rows
@@ -261,61 +206,15 @@ def _input_gates(steps: Steps, x: Tensor, weights: _Weights) -> Tensor:
     if not steps.uniform:
         at = torch.cat([torch.arange(t * B, t * B + size, device=x.device) for t, size in enumerate(steps.sizes)])
         x = x.new_zeros(T * B, x.shape[1]).index_copy(0, at, x)
-    ih, bias = (_on(weight, B, 1) for weight in (weights.ih, weights.bias_ih))
+    ih, bias = (on_rows(weight, B, 1) for weight in (weights.ih, weights.bias_ih))
     gates = _linear(x.view(T, B, x.shape[1]), ih, bias).flatten(0, 1)
     return gates if at is None else gates.index_select(0, at)
-
-
-# --- rows and members -------------------------------------------------------------------------------------------------
-
-
-def _batch(carriers: Sequence[PerturbedWeight], rows: int, params: Sequence[Any], packed: bool, what: str) -> _Batch:
-    """The members of the sequences of a batch."""
-    layout, name = carriers[0].batch, carriers[0].origin.name
-    if layout.members is None:
-        return _Batch(rows, None)
-    expected = layout.rows
-    if rows != expected if expected is not None else rows % layout.members:
-        raise BatchError(
-            f"{what} met {name!r} with a batch of {rows} sequences, but the module's own input has "
-            f"{expected if expected is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
-            f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
-            "check batch_first and batch_dim, or exclude the layer"
-        )
-    if not packed:
-        return _Batch(rows, None)
-    if not isinstance(params, FlatWeights):
-        raise BatchError(
-            f"{what} met {name!r} with a packed batch outside of the torch.nn module it belongs to (or under torch.compile), so "
-            "the order in which its sequences were sorted is unknown; call the module with the PackedSequence, or pass a padded "
-            "batch"
-        )
-    if params.order is None or rows == 0:
-        return _Batch(rows, None)
-    return _Batch(rows, torch.div(params.order, rows // layout.members, rounding_mode="floor"))
-
-
-def _require_states(state: Tensor, rows: int, carrier: PerturbedWeight, what: str) -> None:
-    if state.dim() != 3 or state.shape[1] != rows:
-        raise BatchError(
-            f"{what} met {carrier.origin.name!r} with an initial state of shape {tuple(state.shape)} for a batch of {rows} "
-            f"sequences; expected [layers·directions, {rows}, hidden]"
-        )
-
-
-def _refuse_local(carriers: Sequence[PerturbedWeight], what: str) -> None:
-    for carrier in carriers:
-        if isinstance(carrier.origin.estimator, LocalReparameterization) and carrier.mean_weight.dim() > 1:
-            raise UnsupportedNoiseError(
-                f"LocalReparameterization met {carrier.origin.name!r} in {what}: a recurrent layer uses its weights at every "
-                "time step, and independent noise on the pre-activations would be biased there; use Flipout(), or exclude it"
-            )
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor | None]:
+def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """One step of a cell for a batch ``x [B, in]``: equal to a sequence of length one.
 
     Raises:
@@ -323,7 +222,7 @@ def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: 
     """
     what = f"{cell.value}_cell"
     carriers = list(carriers_in(tuple(weights)))
-    _refuse_local(carriers, what)
+    refuse_local(carriers, what)
     layout, name = carriers[0].batch, carriers[0].origin.name
     for state in (h, c):
         if state is not None and (state.dim() != 2 or x.dim() != 2 or len(state) != len(x)):
@@ -336,7 +235,7 @@ def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: 
             f"{what} met {name!r} with {len(x)} rows, but the module's own input has {layout.rows or 'k·' + str(layout.members)} "
             f"rows on batch_dim={layout.dim}, for {layout.members} members; a cell takes one row a sequence"
         )
-    weights = weights.map(_per_step).map(lambda weight: _on(weight, len(x), 0))
+    weights = weights.map(per_step).map(lambda weight: on_rows(weight, len(x), 0))
     if x.device.type != "cpu":
         x, h, c = autocast(x, h, c)
     return cell_step(cell, _linear(x, weights.ih, weights.bias_ih), _linear(h, weights.hh, weights.bias_hh), h, c)
@@ -361,7 +260,7 @@ def _register(cell: Cell, operation: Any, cell_operation: Any) -> None:
     @rule(cell_operation, Estimator)
     def one_step(input: Tensor, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         h, c = hx if cell is Cell.LSTM else (hx, None)
-        h, c = recurrent_cell(cell, input, h, c, _Weights(w_ih, w_hh, b_ih, b_hh))
+        h, c = recurrent_cell(cell, input, h, c, Weights(w_ih, w_hh, b_ih, b_hh))
         return h if c is None else (h, c)
 
 

@@ -1,0 +1,124 @@
+"""Which member each sequence of a recurrent operation belongs to, and weights arranged for the rows of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flipout.errors import BatchError, UnsupportedNoiseError
+from flipout.estimators import LocalReparameterization
+from flipout.slots import FlatWeights
+from flipout.weight import Layout, PerturbedWeight
+
+__all__ = ["Batch", "Weights", "batch_of", "first_rows", "is_fresh", "on_rows", "per_step", "refuse_local", "require_states"]
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction of one layer, or of a cell; any of them may be perturbed."""
+
+    ih: Any
+    hh: Any
+    bias_ih: Any = None
+    bias_hh: Any = None
+    hr: Any = None
+
+    def map(self, function: Callable[[Any], Any]) -> Weights:
+        return Weights(*(None if weight is None else function(weight) for weight in self))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which member each of B sequences belongs to.
+
+    Attributes:
+        rows: B.
+        owner: the member of each sequence, ``[B]``; None where they are in member-major blocks.
+    """
+
+    rows: int
+    owner: Tensor | None
+
+    def gathered(self, weight: Any) -> Any:
+        """The weight with one member a sequence, in the sequences' order."""
+        if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
+            return weight
+        owner, members = self.owner, weight.batch.members or 0
+        if owner is None and members != self.rows:
+            owner = torch.arange(members, device=weight.mean_weight.device).repeat_interleave(self.rows // max(members, 1))
+        terms = weight.terms if owner is None else tuple(term.members(owner) for term in weight.terms)
+        return PerturbedWeight(weight.mean_weight, terms, Layout(self.rows, self.rows, 0), weight.origin)
+
+
+def is_fresh(weight: PerturbedWeight) -> bool:
+    """Whether signs are drawn anew at each step: the linear rule draws them for every row that it meets."""
+    return weight.batch.members is None
+
+
+def per_step(weight: Any) -> Any:
+    """Under ``per_step``, the weight without the signs of its members."""
+    if not isinstance(weight, PerturbedWeight) or not getattr(weight.origin.estimator, "per_step", False) or is_fresh(weight):
+        return weight
+    terms = tuple(replace(term, factors=tuple(replace(f, values=None, packed=True) for f in term.factors)) for term in weight.terms)
+    return PerturbedWeight(weight.mean_weight, terms, Layout(None, None, 0), weight.origin)
+
+
+def on_rows(weight: Any, rows: int, dim: int) -> Any:
+    """The weight, for an operand whose rows are on ``dim``."""
+    if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
+        return weight
+    return PerturbedWeight(weight.mean_weight, weight.terms, Layout(weight.batch.members, rows, dim), weight.origin)
+
+
+def first_rows(weight: Any, size: int) -> Any:
+    """The weights of the first sequences only."""
+    if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
+        return weight
+    terms = tuple(term.members(slice(0, size)) for term in weight.terms)
+    return PerturbedWeight(weight.mean_weight, terms, Layout(size, size, 0), weight.origin)
+
+
+def batch_of(carriers: Sequence[PerturbedWeight], rows: int, params: Sequence[Any], packed: bool, what: str) -> Batch:
+    """The members of the sequences of a batch."""
+    layout, name = carriers[0].batch, carriers[0].origin.name
+    if layout.members is None:
+        return Batch(rows, None)
+    expected = layout.rows
+    if rows != expected if expected is not None else rows % layout.members:
+        raise BatchError(
+            f"{what} met {name!r} with a batch of {rows} sequences, but the module's own input has "
+            f"{expected if expected is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
+            f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
+            "check batch_first and batch_dim, or exclude the layer"
+        )
+    if not packed:
+        return Batch(rows, None)
+    if not isinstance(params, FlatWeights):
+        raise BatchError(
+            f"{what} met {name!r} with a packed batch outside of the torch.nn module it belongs to (or under torch.compile), so "
+            "the order in which its sequences were sorted is unknown; call the module with the PackedSequence, or pass a padded "
+            "batch"
+        )
+    if params.order is None or rows == 0:
+        return Batch(rows, None)
+    return Batch(rows, torch.div(params.order, rows // layout.members, rounding_mode="floor"))
+
+
+def require_states(state: Tensor, rows: int, carrier: PerturbedWeight, what: str) -> None:
+    if state.dim() != 3 or state.shape[1] != rows:
+        raise BatchError(
+            f"{what} met {carrier.origin.name!r} with an initial state of shape {tuple(state.shape)} for a batch of {rows} "
+            f"sequences; expected [layers·directions, {rows}, hidden]"
+        )
+
+
+def refuse_local(carriers: Sequence[PerturbedWeight], what: str) -> None:
+    for carrier in carriers:
+        if isinstance(carrier.origin.estimator, LocalReparameterization) and carrier.mean_weight.dim() > 1:
+            raise UnsupportedNoiseError(
+                f"LocalReparameterization met {carrier.origin.name!r} in {what}: a recurrent layer uses its weights at every "
+                "time step, and independent noise on the pre-activations would be biased there; use Flipout(), or exclude it"
+            )
