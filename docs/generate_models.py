@@ -100,7 +100,7 @@ TAIL = """
 * **The batch is not on dimension 0**: `Perturbed(..., batch_dim=1)`. Recurrent and attention modules wrapped by themselves use
   their own `batch_first`.
 * **Packed sequences** keep their order through recurrent layers only. Give other layers the padded batch
-  (`pad_packed_sequence`), not `packed.data`: its rows are sorted by time, and raise, or, where their number happens to be a multiple
+  (`pad_packed_sequence`), not `packed.data`: its rows are sorted by time, and raise, or, where their number is a multiple
   of the batch, are read as blocks of the wrong examples.
 * **Attention with `kdim` or `vdim`** whose `q_proj_weight`, `k_proj_weight` or `v_proj_weight` alone are perturbed: torch shows
   them to no rule; include `out_proj.weight` or `in_proj_bias` as well.
