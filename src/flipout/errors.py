@@ -7,6 +7,7 @@ __all__ = [
     "FlipoutError",
     "MemberError",
     "MissingRuleError",
+    "SaveError",
     "UnsupportedNoiseError",
 ]
 
@@ -37,3 +38,7 @@ class MemberError(FlipoutError, IndexError):
 
 class DrawError(FlipoutError, RuntimeError):
     """A draw is used outside its life: held twice, or asked for members before any are known."""
+
+
+class SaveError(FlipoutError, OSError):
+    """A file cannot be written, on a full disk for one. The version saved before it is kept."""

@@ -14,7 +14,7 @@ from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
 
-__all__ = ["LossFunction", "SampleBatch", "gradient", "micro_batches", "require_count", "rows_at_once", "stream"]
+__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "require_count", "rows_at_once", "stream"]
 
 LossFunction = Callable[[Perturbed, Any], Tensor]
 SampleBatch = Callable[[int, torch.Generator], Any]
@@ -40,14 +40,46 @@ def gradient(
         rows: a divisor of ``batch_size``: how many examples run at once.
         seed, key: name the draw; the same names give the same batch, and the same noise under the same estimator.
     """
+    return _gradients(net, loss_fn, sample_batch, batch_size, rows, seed, key, 1)[0]
+
+
+def gradient_pair(
+    net: Perturbed,
+    loss_fn: LossFunction,
+    sample_batch: SampleBatch,
+    batch_size: int,
+    rows: int,
+    seed: int,
+    key: tuple[int, ...],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two gradients of two independent batches under one draw: they share what the examples of one batch share.
+
+    Under flipout that is the base perturbation, with signs of their own; under Shared the whole perturbation.
+    """
+    first, second = _gradients(net, loss_fn, sample_batch, batch_size, rows, seed, key, 2)
+    return first, second
+
+
+def _gradients(
+    net: Perturbed,
+    loss_fn: LossFunction,
+    sample_batch: SampleBatch,
+    batch_size: int,
+    rows: int,
+    seed: int,
+    key: tuple[int, ...],
+    batches: int,
+) -> list[dict[str, Tensor]]:
     data = stream(seed, *key)
     noise = stream(seed, *key, zlib.crc32(repr(net.estimator).encode()), device=_device(net))
-    total: dict[str, Tensor] = {}
-    for _ in micro_batches(net, batch_size // rows, rows, noise):
+    each = batch_size // rows
+    found: list[dict[str, Tensor]] = [{} for _ in range(batches)]
+    for i, _ in enumerate(micro_batches(net, each * batches, rows, noise)):
+        total = found[i // each]
         loss = _require_scalar(loss_fn(net, sample_batch(rows, data)))
         for name, part in _differentiate(net, loss * (rows / batch_size)).items():
             total[name] = total[name] + part if name in total else part
-    return total
+    return found
 
 
 def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Generator) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flipout.errors import ArgumentError
 
-__all__ = ["Estimate", "Moments", "estimate_mean", "log_log_slope", "ratio", "t_quantile"]
+__all__ = ["Estimate", "Moments", "combine", "estimate_mean", "log_log_slope", "ratio", "t_quantile"]
 
 
 class Moments:
@@ -103,6 +103,10 @@ class Estimate(float):
         """For JSON, which has no infinity: an unknown bound is None."""
         return {name: value if math.isfinite(value) else None for name, value in self._fields().items()}
 
+    def __contains__(self, value: float) -> bool:
+        """Whether a number lies in the interval."""
+        return self.low <= value <= self.high
+
 
 def estimate_mean(samples: Sequence[float], confidence: float = 0.9) -> Estimate:
     """The mean of independent numbers with Student's t-interval.
@@ -151,6 +155,19 @@ def log_log_slope(sizes: Sequence[float], estimates: Sequence[Estimate], confide
     return _log_combination((x / np.square(x).sum()).tolist(), estimates, confidence)
 
 
+def combine(factors: Sequence[float], estimates: Sequence[Estimate], confidence: float = 0.9) -> Estimate:
+    """Σ_i c_i e_i of independent estimates, with Welch and Satterthwaite's degrees of freedom.
+
+    Example:
+        >>> a, b = Estimate(4.0, 3.6, 4.4, 0.3, 30), Estimate(2.0, 1.9, 2.1, 0.4, 30)
+        >>> combine([1.0, -1.0], [a, b]).standard_error
+        0.5
+    """
+    value = math.fsum(factor * estimate.value for factor, estimate in zip(factors, estimates, strict=True))
+    parts = [((f * e.standard_error) ** 2, e.degrees) for f, e in zip(factors, estimates, strict=True)]
+    return _welch(value, parts, confidence)
+
+
 def _log_combination(factors: Sequence[float], estimates: Sequence[Estimate], confidence: float) -> Estimate:
     """Σ_i c_i log e_i by the delta method, with Welch and Satterthwaite's degrees of freedom."""
     value, parts = 0.0, []
@@ -159,6 +176,11 @@ def _log_combination(factors: Sequence[float], estimates: Sequence[Estimate], co
             raise ArgumentError(f"the logarithm of {estimate.value} does not exist: the estimate must be positive")
         value += factor * math.log(estimate.value)
         parts.append(((factor * estimate.standard_error / estimate.value) ** 2, estimate.degrees))
+    return _welch(value, parts, confidence)
+
+
+def _welch(value: float, parts: Sequence[tuple[float, float]], confidence: float) -> Estimate:
+    """A sum of independent numbers from their squared errors and degrees of freedom."""
     square = math.fsum(part for part, _ in parts)
     if not math.isfinite(square) or square == 0:
         return _interval(value, math.sqrt(square), 0 if square else 1, confidence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,19 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from flipout.variance.plots import STYLES, errorbar
+
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
 
-__all__ = ["STYLES", "draw_demo", "errorbar"]
-
-#: Okabe and Ito's palette, safe for colour-blind readers; markers and lines differ as well, for print.
-STYLES: dict[str, dict[str, Any]] = {
-    "shared": {"color": "#D55E00", "marker": "s", "linestyle": (0, (4, 2))},
-    "flipout": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "independent": {"color": "#009E73", "marker": "D", "linestyle": (0, (1, 1.5))},
-    "local_reparameterization": {"color": "#CC79A7", "marker": "^", "linestyle": "-."},
-    "low_rank": {"color": "#E69F00", "marker": "v", "linestyle": (0, (3, 1, 1, 1))},
-}
+__all__ = ["draw_demo"]
 
 _RC: Any = {
     "font.size": 10,
@@ -48,18 +40,6 @@ def draw_demo(result: DemoResult) -> Figure:
         return figure
 
 
-def errorbar(
-    axes: Axes, name: str, sizes: Sequence[float], values: Sequence[float], low: Sequence[float], high: Sequence[float]
-) -> None:
-    """A curve with intervals in the estimator's own colour, marker and line."""
-    style = STYLES[name]
-    spread = np.abs(np.array([np.subtract(values, low), np.subtract(high, values)]))
-    axes.errorbar(
-        sizes, values, yerr=spread, color=style["color"], marker=style["marker"], linestyle=style["linestyle"],
-        markersize=6, markeredgecolor="white", markeredgewidth=0.8, linewidth=1.8, elinewidth=1.6, capsize=3.5, capthick=1.6,
-    )  # fmt: skip
-
-
 def _variance_panel(axes: Axes, result: DemoResult) -> None:
     sizes = np.array(result.settings.batch_sizes, dtype=float)
     ideal = [
@@ -70,9 +50,7 @@ def _variance_panel(axes: Axes, result: DemoResult) -> None:
     axes.plot(sizes, np.exp(np.mean(np.log(ideal))) / sizes, color="0.72", linewidth=5, solid_capstyle="round", zorder=0)
     offsets = {"shared": 0.96, "flipout": 1.0, "independent": 1.04}  # so that equal points are both seen
     for name, curve in result.curves.items():
-        totals = [point.total for point in curve]
-        bounded = [(max(e.low, e.value / 20), e.high) if np.isfinite(e.high) else (e.value, e.value) for e in totals]
-        errorbar(axes, name, offsets[name] * sizes, [e.value for e in totals], *zip(*bounded, strict=True))  # type: ignore[arg-type]
+        errorbar(axes, name, (offsets[name] * sizes).tolist(), [point.total for point in curve])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(sizes)))

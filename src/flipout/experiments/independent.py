@@ -20,11 +20,10 @@ from flipout.estimators import Independent
 from flipout.gradients import LossFunction, SampleBatch, gradient
 from flipout.moments import Moments
 from flipout.perturb import Perturbed
-from flipout.variance import EstimatorVariance, block_sizes
+from flipout.variance import EstimatorVariance
+from flipout.variance.measure import Block, Parts, add_parts, block_sizes, check_parts, point
 
 __all__ = ["independent_curve"]
-
-Blocks = list[dict[str, float]]
 
 
 def independent_curve(
@@ -37,6 +36,7 @@ def independent_curve(
     seed: int = 0,
     confidence: float = 0.9,
     on_member: Callable[[], None] | None = None,
+    parts: Parts | None = None,
 ) -> list[EstimatorVariance]:
     """The variance of the gradient under Independent at several batch sizes.
 
@@ -50,6 +50,7 @@ def independent_curve(
         pairs: pairs of draws at the largest size; one pair gives no interval there.
         most_draws: at most so many draws a pair at the smaller sizes.
         on_member: called after each member, from several threads.
+        parts: as in :func:`flipout.variance.gradient_variance`.
 
     Returns:
         One result a batch size.
@@ -60,28 +61,27 @@ def independent_curve(
     steps = [size // before for size, before in zip(batch_sizes, [1, *batch_sizes], strict=False)]
     if not steps or 0 in steps or math.prod(steps) != batch_sizes[-1]:
         raise ArgumentError(f"batch_sizes={tuple(batch_sizes)}: expected sizes of which each is a multiple of the one before")
+    parts = check_parts(net, parts)
     members = 2 * batch_sizes[-1]
     draws = [min(most_draws, members // size) for size in batch_sizes]
 
-    def run(pair: int) -> list[Blocks]:
+    def run(pair: int) -> list[list[Block]]:
         own = copy.deepcopy(net)  # a wrapper holds one draw at a time
         levels = [_Level(step, block_sizes(count, None)) for step, count in zip(steps, draws, strict=True)]
         with own.using(Independent()):
             for member in range(pair * members, (pair + 1) * members):
-                _push(levels, gradient(own, loss_fn, sample_batch, 1, 1, seed, (member,)))
+                drawn = gradient(own, loss_fn, sample_batch, 1, 1, seed, (member,))
+                _push(levels, add_parts(drawn, parts))
                 if on_member is not None:
                     on_member()
         return [level.blocks for level in levels]
 
     with _one_thread_each(net) as workers, ThreadPoolExecutor(min(workers, pairs)) as pool:
         runs = list(pool.map(run, range(pairs)))
-    sizes = {name: parameter.numel() for name, parameter in net.module.named_parameters() if parameter.requires_grad}
-    found = []
-    for i, (size, count) in enumerate(zip(batch_sizes, draws, strict=True)):
-        blocks = [block for each in runs for block in each[i]]
-        values = {name: tuple(block[name] for block in blocks) for name in sizes}
-        found.append(EstimatorVariance("independent", size, count * pairs, values, sizes, confidence))
-    return found
+    return [
+        point(net, "independent", size, count * pairs, [b for each in runs for b in each[i]], parts, confidence, "parameter")
+        for i, (size, count) in enumerate(zip(batch_sizes, draws, strict=True))
+    ]
 
 
 class _Level:
@@ -89,7 +89,7 @@ class _Level:
 
     def __init__(self, step: int, sizes: list[int]) -> None:
         self.step = step
-        self.blocks: Blocks = []
+        self.blocks: list[Block] = []
         self._sizes = sizes
         self._moments = Moments()
         self._sum: dict[str, Tensor] = {}
