@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import flipout
-from flipout.moments import Estimate
+from flipout.experiments.console import interval, progress_bars, spread
+from flipout.experiments.reproduce_commands import reproduce
 
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
-    from flipout.experiments.demo import Progress as Report
 
 __all__ = ["app"]
 
@@ -27,6 +24,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(reproduce, name="reproduce")
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,30 +60,12 @@ def demo(
         "  flipout       that one noise, times random signs for each example\n"
         "  independent   each example has a noise of its own: exact, and N times the cost\n"
     )
-    with _bars(console) as report:
+    with progress_bars(console) as report:
         result = run_demo(settings.quick() if quick else settings, report)
     _print_demo(console, result)
     for path in save_result(result, out):
         console.print(f"saved {path}", highlight=False, soft_wrap=True)
     console.print(f"{sum(result.seconds.values()):.0f} s in all", highlight=False)
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Report]:
-    """A progress bar for each phase that reports."""
-    columns = [
-        TextColumn("{task.description:<21}"), BarColumn(bar_width=22), MofNCompleteColumn(), TimeElapsedColumn(), 
-        TextColumn("left"), TimeRemainingColumn(),
-    ]  # fmt: skip
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as bars:
-
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield report
 
 
 def _print_demo(console: Console, result: DemoResult) -> None:
@@ -112,7 +94,7 @@ def _variance_table(result: DemoResult) -> Table:
         table.add_column(name, justify="right")
     for i, size in enumerate(result.settings.batch_sizes):
         points = [curve[i] for curve in result.curves.values()]
-        table.add_row(f"{size:,}", *(f"{_spread(point.total)} ({point.draws})" for point in points))
+        table.add_row(f"{size:,}", *(f"{spread(point.total)} ({point.draws})" for point in points))
     return table
 
 
@@ -122,7 +104,7 @@ def _ratio_table(result: DemoResult) -> Table:
     table.add_column("shared / independent", justify="right")
     table.add_column("flipout / independent", justify="right")
     for i, size in enumerate(result.settings.batch_sizes):
-        table.add_row(f"{size:,}", *(_interval(result.ratio(name, "independent", i)) for name in ("shared", "flipout")))
+        table.add_row(f"{size:,}", *(interval(result.ratio(name, "independent", i)) for name in ("shared", "flipout")))
     return table
 
 
@@ -131,7 +113,7 @@ def _slope_table(result: DemoResult) -> Table:
     table.add_column("estimator")
     table.add_column("slope", justify="right")
     for name in result.curves:
-        table.add_row(name, _interval(result.slope(name)))
+        table.add_row(name, interval(result.slope(name)))
     return table
 
 
@@ -145,15 +127,3 @@ def _training_table(result: DemoResult) -> Table:
         cells = f"{run.mean_loss:.3f}", f"{run.spread:.3f}", f"{100 * run.accuracy:.1f} %", f"{run.seconds / len(run.losses):.3f}"
         table.add_row(name, *cells)
     return table
-
-
-def _spread(estimate: Estimate) -> str:
-    if estimate.high == float("inf"):
-        return f"{estimate.value:.3g}"
-    return f"{estimate.value:.3g} ±{100 * (estimate.high / estimate.value - 1):.0f} %"
-
-
-def _interval(estimate: Estimate) -> str:
-    if estimate.high == float("inf"):
-        return f"{estimate.value:.3g}"
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"

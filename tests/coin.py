@@ -1,0 +1,88 @@
+"""An experiment for the tests of the harness: tosses coins, in two phases, and dies when it is told to.
+
+With DIE_AT="log 7 torn", say, the process kills itself (SIGKILL) at the seventh line of the metrics, half of it written.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flipout import files
+from flipout.experiments import metrics, reproduce
+from flipout.experiments.reproduce import Entry, Experiment, Option, choose
+
+ENTRY = Entry("coin", "heads are half", "Figure 0", "coin", (Option("coin", ("fair", "bent"), "Which coin."),))
+
+
+@dataclass(frozen=True)
+class CoinSettings:
+    tosses: int
+    coin: str = "fair"
+    seed: int = 0
+    device: str = "cpu"
+    data_dir: Path | None = None
+
+    @classmethod
+    def preset(cls, name, **options):
+        return cls(choose(name, {"smoke": 20, "laptop": 60, "paper": 10_000}, "preset"), **options)
+
+
+def run_coin(settings, run, progress):
+    generator = torch.Generator().manual_seed(settings.seed)
+    found = {}
+    for phase, chance in (("first", 0.5), ("second", 0.5 if settings.coin == "fair" else 0.9)):
+        with run.phase(phase, progress) as report:
+            state = run.load_checkpoint(phase) or {"done": 0, "heads": torch.zeros(2), "generator": generator.get_state()}
+            generator.set_state(state["generator"])
+            for done in range(state["done"] + 1, settings.tosses + 1):
+                state["heads"][int(torch.rand((), generator=generator) < chance)] += 1
+                run.log(step=done, heads=state["heads"][1], share=float(state["heads"][1]) / done)
+                if done % 3 == 0 or done == settings.tosses:
+                    run.save_checkpoint(phase, {**state, "done": done, "generator": generator.get_state()})
+                report(done, settings.tosses)
+        found[phase] = state["heads"]
+    return found
+
+
+def show_coin(result, console):
+    console.print(f"heads: {result['first'][1]:.0f}, then {result['second'][1]:.0f}")
+
+
+EXPERIMENT = Experiment(CoinSettings.preset, run_coin, show_coin)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(what: str, count: int, when: str) -> None:
+    """Replaces what writes lines (log) or files (save) by one that ends the process at its so-manieth call."""
+    module, name = {"log": (metrics, "write_all"), "save": (files, "write_all"), "move": (files.os, "replace")}[what]
+    real, calls = getattr(module, name), 0
+
+    def last(target, content):
+        nonlocal calls
+        calls += 1
+        if calls < count:
+            return real(target, content)
+        if when == "torn":
+            os.write(target, bytes(content)[: len(content) // 2])
+        elif when == "after":
+            real(target, content)
+        return die()
+
+    setattr(module, name, last)
+
+
+if __name__ == "__main__":
+    sys.modules["coin"] = sys.modules["__main__"]
+    torch.set_num_threads(1)
+    if "DIE_AT" in os.environ:
+        what, count, when = os.environ["DIE_AT"].split()
+        die_at(what, int(count), when)
+    folder, preset, *flags = sys.argv[1:]
+    reproduce.run_experiment(ENTRY, preset, Path(folder), resume="resume" in flags)
