@@ -38,7 +38,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], metrics: int, prove: 
     except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise ArgumentError(
             f"the state for {path} holds more than tensors, numbers, texts, and lists and dicts of them, and could not be loaded "
-            f"again ({str(error).splitlines()[0]}): save their state_dict() or get_state() instead"
+            "again without running code from the file: save state_dict() or get_state() of what is in it"
         ) from error
     replace_file(path, content.getbuffer())
 
