@@ -3,6 +3,7 @@
 __all__ = [
     "ArgumentError",
     "BatchError",
+    "DownloadError",
     "DrawError",
     "FlipoutError",
     "MemberError",
@@ -38,6 +39,10 @@ class MemberError(FlipoutError, IndexError):
 
 class DrawError(FlipoutError, RuntimeError):
     """A draw is used outside its life: held twice, or asked for members before any are known."""
+
+
+class DownloadError(FlipoutError, OSError):
+    """A file cannot be had from the network."""
 
 
 class SaveError(FlipoutError, OSError):

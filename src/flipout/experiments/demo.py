@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flipout.data import Dataset, mnist
+from flipout.data import Dataset, embedded_mnist
 from flipout.errors import ArgumentError
 from flipout.experiments.environment import describe_environment, find_device
 from flipout.experiments.figures import draw_demo
@@ -154,7 +154,7 @@ def run_demo(settings: DemoSettings, progress: Progress = lambda phase, done, to
     device = find_device(settings.device)
     result = DemoResult(settings, describe_environment(device), source="")
     with _timed(result, "load data", progress):
-        data = mnist(settings.seed).to(device)
+        data = embedded_mnist(settings.seed).to(device)
     result.source = data.source
     module = FullyConnected(stream(settings.seed, 0)).to(device)
     with _timed(result, "pre-train", progress):

