@@ -159,8 +159,8 @@ def record_of(phase: str | None, step: int, numbers: dict[str, Any]) -> dict[str
     record: dict[str, Any] = {"step": int(step)} if phase is None else {"phase": phase, "step": int(step)}
     for name, value in numbers.items():
         found = plain(float(value) if isinstance(value, float) else value)  # of an estimate its value alone
-        if isinstance(found, list | dict) or name in record:
-            why = "is the harness's own name" if name in record else f"is a {type(value).__name__}"
+        if isinstance(found, list | dict) or name in ("phase", "step"):
+            why = "is the harness's own name" if name in ("phase", "step") else f"is a {type(value).__name__}"
             raise ArgumentError(f"log({name}=...): {name} {why}; a line of metrics.jsonl takes single numbers and texts")
         record[name] = found
     return record
