@@ -180,9 +180,7 @@ def test_an_interrupt_tells_how_to_go_on(tmp_path, monkeypatch):
 )
 def test_what_is_unknown_is_told_with_what_there_is(tmp_path, arguments, message):
     with pytest.raises(flipout.ArgumentError, match=message):
-        reproduce.run_experiment(
-            reproduce.find_entry("variance"), **{"preset": "smoke", "folder": tmp_path / "run", **arguments}
-        )
+        reproduce.run_experiment(reproduce.find_entry("variance"), **{"preset": "smoke", "folder": tmp_path / "run", **arguments})
     assert not (tmp_path / "run").exists()
 
 
@@ -218,7 +216,7 @@ def test_presets_have_the_papers_settings(net):
 
 
 def test_pictures_that_no_package_ships_are_asked_for(tmp_path):
-    with pytest.raises(flipout.ArgumentError, match="CIFAR-10: .* no package ships it; name a folder"):
+    with pytest.raises(flipout.ArgumentError, match=r"CIFAR-10: .* no package ships it; name a folder"):
         reproduce.run_experiment(reproduce.find_entry("variance"), "smoke", tmp_path / "run", net="convgg")
 
 

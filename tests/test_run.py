@@ -170,9 +170,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     folder = unfinished(tmp_path / "run")
     lock = FolderLock(folder)
     try:
-        with pytest.raises(flipout.ArgumentError, match=rf"in use by another process \(number {os.getpid()}\)"):
-            with Run.open(folder, "try", Settings(), resume=True, preset="smoke"):
-                pass
+        with (
+            pytest.raises(flipout.ArgumentError, match=rf"in use by another process \(number {os.getpid()}\)"),
+            Run.open(folder, "try", Settings(), resume=True, preset="smoke"),
+        ):
+            pass
     finally:
         lock.close()
     with Run.open(folder, "try", Settings(), resume=True, preset="smoke"):
@@ -224,7 +226,9 @@ def test_a_disk_that_is_really_full_ends_a_run_that_can_go_on(undisturbed, tmp_p
         "try: coin.reproduce.run_experiment(coin.ENTRY, 'smoke', Path(sys.argv[1]))\n"
         "except SaveError as error: sys.exit(f'SaveError: {error}')\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run"), str(HERE)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run"), str(HERE)], capture_output=True, text=True, check=False
+    )
     assert found.stderr.startswith("SaveError: ")
     assert "File too large" in found.stderr
     toss(tmp_path / "run", resume=True)
@@ -267,13 +271,13 @@ def test_what_the_harness_asks_of_names_phases_numbers_and_results(tmp_path):
 
 
 def test_an_error_inside_leaves_a_run_that_can_go_on(tmp_path):
-    with (
-        pytest.raises(ZeroDivisionError),
-        Run.open(tmp_path / "run", "try", Settings()) as run,
-        run.phase("first"),
-    ):
-        run.save_checkpoint("state", {"x": 1})
-        1 / 0  # noqa: B018
+    def broken():
+        with Run.open(tmp_path / "run", "try", Settings()) as run, run.phase("first"):
+            run.save_checkpoint("state", {"x": 1})
+            return 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     with Run.open(tmp_path / "run", "try", Settings(), resume=True) as run:
         assert run.load_checkpoint("state") == {"x": 1}
 

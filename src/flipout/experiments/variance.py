@@ -22,6 +22,7 @@ from flipout.experiments.run import Progress, Run
 from flipout.experiments.subjects import Subject, SubjectSettings, prepare, subject_settings
 from flipout.moments import Estimate
 from flipout.variance import EstimatorVariance, VarianceCurve, variance_curve
+from flipout.variance.estimators import label
 
 __all__ = ["EXPERIMENT", "Count", "CurveSettings", "VarianceSettings", "from_json", "measure_curve", "show_pretraining", "summary"]
 
@@ -73,7 +74,7 @@ class VarianceSettings:
 
 #: Under ``laptop``: batch sizes, draws, and sizes and pairs of draws under independent noise.
 _LAPTOP = {
-    "fc": CurveSettings((1, 2, 8, 32, 128, 512, 2048, 8192), (800, 500, 300, 200, 120, 80, 40, 30), None, (1, 8, 64, 512), 8),
+    "fc": CurveSettings((1, 2, 8, 32, 128, 512, 2048, 8192), (800, 500, 300, 200, 120, 80, 40, 30), None, (1, 8, 64, 512), 24),
     "convle": CurveSettings((1, 4, 16, 64, 256, 1024), (240, 160, 100, 50, 30, 16), None, (1, 4, 16, 64), 4),
     "convgg": CurveSettings((1, 4, 16, 64, 256, 1024), (240, 160, 100, 50, 30, 12), None, (1, 4, 16), 4, micro_batch=256),
     "lstm": CurveSettings((1, 4, 16, 64, 256), (240, 160, 100, 50, 20), None, (1, 4, 16), 4, micro_batch=64),
@@ -179,7 +180,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
         table = Table(title=f"{panel}: variance of the gradient, summed over the layer", title_justify="left")
         table.add_column("N", justify="right")
         for name in curve.points:
-            table.add_column(name, justify="right")
+            table.add_column(label(name), justify="right")
         for n in curve.batch_sizes("flipout"):
             has = {name: n in curve.batch_sizes(name) for name in curve.points}
             table.add_row(f"{n:,}", *(interval(curve.at(name, n, names)) if has[name] else "" for name in curve.points))

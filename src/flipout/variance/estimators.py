@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
 
-__all__ = ["ESTIMATORS", "named_estimators"]
+__all__ = ["ESTIMATORS", "label", "named_estimators"]
 
 #: Each name with the estimator of its defaults.
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
@@ -17,6 +17,16 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "local_reparameterization": LocalReparameterization,
     "low_rank": LowRank,
 }
+
+
+def label(name: str) -> str:
+    """An estimator's name as tables and figures have room for it.
+
+    Example:
+        >>> label("local_reparameterization"), label("flipout")
+        ('LRT', 'flipout')
+    """
+    return {"local_reparameterization": "LRT"}.get(name, name)
 
 
 def named_estimators(estimators: Iterable[str | Estimator]) -> dict[str, Estimator]:

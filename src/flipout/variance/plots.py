@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flipout.errors import ArgumentError
+from flipout.variance.estimators import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +56,6 @@ def errorbar(axes: Axes, name: str, sizes: Sequence[float], values: Sequence[Est
     high = [scale * (e.high - float(e)) if e.high < float("inf") else 0.0 for e in values]
     axes.errorbar(
         sizes, [scale * float(e) for e in values], yerr=[low, high], color=style["color"], marker=style["marker"],
-        linestyle=style["linestyle"], label=name, markersize=5, markeredgecolor="white", markeredgewidth=0.7, linewidth=1.6,
+        linestyle=style["linestyle"], label=label(name), markersize=5, markeredgecolor="white", markeredgewidth=0.7, linewidth=1.6,
         elinewidth=1.3, capsize=2.5,
     )  # fmt: skip
