@@ -164,6 +164,11 @@ def test_tables_and_figures() -> None:
     assert list(components.to_pandas()["component"]) == ["alpha", "beta", "gamma"]
     axes = curve.plot()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["shared", "flipout"]
+    predicted = components.plot((1, 4, 16))
+    assert "shared, predicted" in [text.get_text() for text in predicted.get_legend().get_texts()]
+    assert curve.plot(axes=predicted) is predicted
+    bars = gradient_variance(net, half_square, examples, 4, draws=8, by="parameter").plot()
+    assert [text.get_text() for text in bars.get_xticklabels()] == ["weight"]
 
 
 def test_suggested_sizes_have_the_efficiency_asked_for() -> None:

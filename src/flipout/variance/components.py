@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, c
 from flipout.variance.sampling import check_loss
 from flipout.variance.saving import BlockFile, describe_net
 from flipout.variance.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["VarianceComponents", "variance_components"]
 
@@ -124,6 +127,16 @@ class VarianceComponents:
             for name in self.blocks
             for component, e in self.of([name]).items()
         )
+
+    def plot(self, batch_sizes: Sequence[int], names: Iterable[str] | None = None, axes: Axes | None = None) -> Axes:
+        """Draws what is predicted at these batch sizes on log-log axes; makes a figure of its own if given none.
+
+        Raises:
+            ArgumentError: if matplotlib is not installed.
+        """
+        from flipout.variance.plots import draw_predictions
+
+        return draw_predictions(self, batch_sizes, None if names is None else list(names), axes)
 
     def _sums(self, names: Iterable[str] | None) -> list[tuple[float, ...]]:
         """(α, β, γ) of each block, summed over the names."""

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from flipout.moments import Estimate
+    from flipout.variance.components import VarianceComponents
     from flipout.variance.curve import VarianceCurve
+    from flipout.variance.results import GradientVariance
 
-__all__ = ["STYLES", "draw_curve", "errorbar"]
+__all__ = ["STYLES", "draw_curve", "draw_groups", "draw_predictions", "errorbar"]
 
 #: Okabe and Ito's palette, safe for colour-blind readers; markers and lines differ as well, for print.
 STYLES: dict[str, dict[str, Any]] = {
@@ -33,19 +35,64 @@ def draw_curve(curve: VarianceCurve, names: Sequence[str] | None = None, axes: A
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ArgumentError("plot() needs matplotlib, which is not installed: pip install 'flipout[experiments]'") from error
-    if axes is None:
-        axes = Figure(figsize=(5.5, 4.2), layout="constrained").subplots()
+    axes = _log_axes(axes)
     for name in curve.points:
         errorbar(axes, name, curve.batch_sizes(name), curve.values(name, names))
+    axes.legend(frameon=False)
+    return axes
+
+
+def draw_predictions(
+    components: VarianceComponents, batch_sizes: Sequence[int], names: Sequence[str] | None = None, axes: Axes | None = None
+) -> Axes:
+    """What Theorem 2 predicts from the components, a line with its band for each estimator.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    axes = _log_axes(axes)
+    for estimator in ("shared", "flipout", "independent"):
+        found = [components.predict(estimator, n, names) for n in batch_sizes]
+        shown = [(n, float(e), max(e.low, float(e) / 20), e.high) for n, e in zip(batch_sizes, found, strict=True) if e > 0]
+        style = STYLES[estimator]
+        if shown:
+            sizes, values, low, high = zip(*shown, strict=True)
+            look = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.2}
+            axes.plot(sizes, values, label=f"{estimator}, predicted", **look)
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.legend(frameon=False)
+    return axes
+
+
+def draw_groups(found: GradientVariance, axes: Axes | None = None) -> Axes:
+    """The variance of each group of weights under each estimator, with intervals, on a log scale.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    axes = _log_axes(axes)
+    groups = list(next(iter(found.values())).groups)
+    for i, (name, each) in enumerate(found.items()):
+        errorbar(axes, name, [place + 0.08 * i for place in range(len(groups))], list(each.groups.values()))
+        axes.lines[-1].set_linestyle("none")
+    axes.set_xscale("linear")
+    axes.set_xlabel("")
+    axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
+    axes.legend(frameon=False)
+    return axes
+
+
+def _log_axes(axes: Axes | None) -> Axes:
+    if axes is None:
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ArgumentError("plot() needs matplotlib, which is not installed: pip install 'flipout[experiments]'") from error
+        axes = Figure(figsize=(5.5, 4.2), layout="constrained").subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("batch size N")
     axes.set_ylabel("variance of the gradient")
-    axes.legend(frameon=False)
     return axes
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flipout.errors import ArgumentError
 from flipout.moments import Estimate, estimate_mean, ratio
 from flipout.variance.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["GROUPINGS", "EstimatorVariance", "GradientVariance", "require_grouping"]
 
@@ -156,6 +159,16 @@ class GradientVariance(Mapping[str, EstimatorVariance]):
             ArgumentError: if pandas is not installed.
         """
         return table(row for found in self.values() for row in found.rows(by))
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draws the variance of each group with its interval; makes a figure of its own if given no axes.
+
+        Raises:
+            ArgumentError: if matplotlib is not installed.
+        """
+        from flipout.variance.plots import draw_groups
+
+        return draw_groups(self, axes)
 
     def __repr__(self) -> str:
         return f"GradientVariance({', '.join(f'{name}={found.total}' for name, found in self.items())})"

@@ -1,0 +1,107 @@
+"""Writes the sections of docs/results.md from run folders: ``python docs/generate_results.py RUN ...``.
+
+A section stands between ``<!-- variance-fc: begin -->`` and its end; only those of the runs named are replaced. Figures are copied beside.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flipout.experiments.console import interval
+from flipout.experiments.variance import from_json
+from flipout.files import read_json
+from flipout.variance import VarianceCurve
+from flipout.variance.estimators import label
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+
+
+def grid(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *[list(row) for row in rows]]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def wall(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    longest = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value >= 1)
+    return f"{sum(seconds.values()) / 60:.1f} min of wall time ({longest})"
+
+
+def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
+    reached = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["pretraining"].items())
+    machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
+    return (
+        f"*{result['data']}; {result['parameters']:,} parameters; pre-trained: {reached}; preset {result['preset']}, seed "
+        f"{result['settings']['subject']['seed']}; {wall(result)}; {machine}; begun {environment['started']}*"
+    )
+
+
+def variance(result: dict[str, Any]) -> str:
+    curve = VarianceCurve.from_dict(result["curve"])
+    slopes_of = [f"slope, {label(name)}" for name in curve.points]
+    header = ["layer", *slopes_of, "shared / flipout", "flipout / independent", "plateau of shared"]
+    rows = []
+    for panel, found in result["summary"].items():
+        ratios = {name: f"{interval(from_json(each))} at N = {each['batch_size']:,}" for name, each in found["ratio"].items()}
+        slopes = [interval(from_json(found["slope"][name])) for name in curve.points]
+        plateau = interval(from_json(found["plateau"]["shared"]))
+        rows.append([panel, *slopes, ratios["shared / flipout"], ratios.get("flipout / independent", ""), plateau])
+    sizes = curve.batch_sizes("flipout")
+    draws = ", ".join(f"{each.draws}" for each in curve.points["flipout"])
+    text = f"N = {', '.join(f'{n:,}' for n in sizes)}; {draws} draws under flipout, twice as many under shared noise."
+    return f"{grid(header, rows)}\n\n{text}"
+
+
+def components(result: dict[str, Any]) -> str:
+    rows = []
+    for panel, found in result["components"].items():
+        alpha, beta, gamma = (from_json(found[name]) for name in ("alpha", "beta", "gamma"))
+        points = [point["within"] for point in result["points"] if point["panel"] == panel]
+        over = [f"{alpha / beta:.3g}" if beta.low > 0 else "", f"{beta / gamma:.3g}" if gamma.low > 0 else "γ not seen"]
+        rows.append([panel, interval(alpha), interval(beta), interval(gamma), *over, f"{sum(points)} of {len(points)}"])
+    header = ["layer", "α", "β", "γ", "α / β", "β / γ", "predicted within the interval"]
+    limits = {name: from_json(result["suggestion"][name]) for name in ("shared", "flipout")}
+    worth = " and ".join(f"{estimate.value:,.0f} under {name}" for name, estimate in limits.items())
+    settings = result["settings"]
+    text = (
+        f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. Predicted within the "
+        f"{100 * result['curve']['confidence']:.0f} % interval of the measured curve: {100 * result['within']:.0f} % of "
+        f"{len(result['points'])} points. A batch is worth half of its examples at N = {worth}."
+    )
+    return f"{grid(header, rows)}\n\n{text}"
+
+
+RENDER = {"variance": variance, "components": components}
+
+
+def section(folder: Path) -> tuple[str, str]:
+    """The name of a run's section, and its text."""
+    result, environment = read_json(folder / "result.json"), read_json(folder / "environment.json")
+    experiment, net = result["experiment"], result["settings"]["subject"]["net"]
+    name = f"{experiment}-{net}"
+    figure = f"{name}.png"
+    shutil.copy(folder / "figures" / f"{experiment}.png", ROOT / "docs" / "figures" / figure)
+    picture = f"![{experiment} of {net}: variance of the gradient against the batch size, a panel a layer](figures/{figure})"
+    return name, f"{RENDER[experiment](result)}\n\n{picture}\n\n{about(result, environment)}"
+
+
+def main(folders: list[str]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for folder in folders:
+        name, body = section(Path(folder))
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        text, count = re.subn(f"{begin}.*?{end}", lambda _, b=begin, t=body, e=end: f"{b}\n{t}\n{e}", text, flags=re.DOTALL)
+        if count != 1:
+            sys.exit(f"{PAGE} has {count} sections {begin}")
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
