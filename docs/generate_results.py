@@ -37,8 +37,9 @@ def wall(result: dict[str, Any]) -> str:
 def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
     reached = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["pretraining"].items())
     machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
+    data = result["data"].replace(f"; {result['settings']['subject']['data_dir']}", ", from --data-dir")
     return (
-        f"*{result['data']}; {result['parameters']:,} parameters; pre-trained: {reached}; preset {result['preset']}, seed "
+        f"*{data}; {result['parameters']:,} parameters; pre-trained: {reached}; preset {result['preset']}, seed "
         f"{result['settings']['subject']['seed']}; {wall(result)}; {machine}; begun {environment['started']}*"
     )
 
