@@ -1,6 +1,7 @@
 """Writes the sections of docs/results.md from run folders: ``python docs/generate_results.py RUN ...``.
 
-A section stands between ``<!-- variance-fc: begin -->`` and its end; only those of the runs named are replaced. Figures are copied beside.
+A section stands between ``<!-- variance-fc: begin -->`` and its end; only those of the runs named are replaced. Figures are
+copied beside.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def components(result: dict[str, Any]) -> str:
     worth = " and ".join(f"{estimate.value:,.0f} under {name}" for name, estimate in limits.items())
     settings = result["settings"]
     text = (
-        f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. Predicted within the "
-        f"{100 * result['curve']['confidence']:.0f} % interval of the measured curve: {100 * result['within']:.0f} % of "
+        f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. "
+        f"Predicted within the {100 * result['curve']['confidence']:.0f} % interval of the measured curve: {100 * result['within']:.0f} % of "
         f"{len(result['points'])} points. A batch is worth half of its examples at N = {worth}."
     )
     return f"{grid(header, rows)}\n\n{text}"
