@@ -71,11 +71,11 @@ def components(result: dict[str, Any]) -> str:
     header = ["layer", "α", "β", "γ", "α / β", "β / γ", "predicted within the interval"]
     limits = {name: from_json(result["suggestion"][name]) for name in ("shared", "flipout")}
     worth = " and ".join(f"{estimate.value:,.0f} under {name}" for name, estimate in limits.items())
-    settings = result["settings"]
+    settings, percent = result["settings"], round(100 * result["curve"]["confidence"])
     text = (
-        f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. "
-        f"Predicted within the {100 * result['curve']['confidence']:.0f} % interval of the measured curve: {100 * result['within']:.0f} % of "
-        f"{len(result['points'])} points. A batch is worth half of its examples at N = {worth}."
+        f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. Predicted "
+        f"within the {percent} % interval of the measured curve: {100 * result['within']:.0f} % of {len(result['points'])} points. "
+        f"A batch is worth half of its examples at N = {worth}."
     )
     return f"{grid(header, rows)}\n\n{text}"
 
