@@ -68,6 +68,21 @@ def demo(
     console.print(f"{sum(result.seconds.values()):.0f} s in all", highlight=False)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them; by default runs.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("runs/report.html"),
+) -> None:
+    """Write one self-contained HTML page from run folders: figures, tables beside the paper's numbers, settings, wall time."""
+    from flipout.report import write_report
+
+    finished, unfinished = write_report(runs or [Path("runs")], out)
+    console = Console()
+    for folder in unfinished:
+        console.print(f"left out, not finished: {folder}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"saved {out}: {len(finished)} runs", highlight=False, soft_wrap=True, markup=False)
+
+
 def _print_demo(console: Console, result: DemoResult) -> None:
     settings, reached = result.settings, result.pretraining
     console.print(f"\ndata: {result.source}", highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flipout.experiments.claims import Claim
 from flipout.experiments.console import interval
 from flipout.experiments.figures import draw_curves
 from flipout.experiments.reproduce import Experiment
@@ -131,4 +132,19 @@ def _show(result: dict[str, Any], console: Console) -> None:
     )
 
 
-EXPERIMENT = Experiment(ComponentsSettings.preset, _run, _show)
+def _claims(result: dict[str, Any]) -> list[Claim]:
+    """α ≫ β ≫ γ, "much" taken as ten times, and the curves they predict (Sec. 3.2)."""
+    found = []
+    for panel, components in result["components"].items():
+        alpha, beta, gamma = (from_json(components[name]) for name in ("alpha", "beta", "gamma"))
+        for names, large, small in (("α / β", alpha, beta), ("β / γ", beta, gamma)):
+            holds = True if large.low > 10 * small.high else False if large.high < 10 * small.low else None
+            seen = large / small if small > 0 else f"{interval(large)} / {interval(small)}"
+            found.append(Claim(f"{panel}: {names}", "≫ 1", seen, holds))
+    points, within = len(result["points"]), result["within"]
+    told = f"{round(points * within)} of {points} points within their interval"
+    found.append(Claim("measured curves and Eq. 11, 12", "agree", told, within >= 0.9))
+    return found
+
+
+EXPERIMENT = Experiment(ComponentsSettings.preset, _run, _show, _claims)

@@ -48,7 +48,7 @@ told there. A result is what :func:`~flipout.files.plain` can turn into JSON; ``
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +58,7 @@ from flipout.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flipout.experiments.claims import Claim
     from flipout.experiments.run import Progress, Run
 
 __all__ = ["ENTRIES", "PRESETS", "Entry", "Experiment", "Option", "choose", "find_entry", "run_experiment"]
@@ -92,11 +93,13 @@ class Experiment:
             options; returns a frozen dataclass of every setting.
         run: called with the settings, an open :class:`~flipout.experiments.run.Run` and a progress display; returns the result.
         show: prints what ``result.json`` holds.
+        claims: the paper's statements beside what ``result.json`` holds, for the report.
     """
 
     settings: Callable[..., Any]
     run: Callable[[Any, Run, Progress], Mapping[str, Any]]
     show: Callable[[dict[str, Any], Console], None]
+    claims: Callable[[dict[str, Any]], Sequence[Claim]] = lambda result: ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flipout.experiments.claims import Claim
 from flipout.experiments.console import interval
 from flipout.experiments.figures import draw_curves
 from flipout.experiments.independent import independent_curve
@@ -192,10 +193,25 @@ def _show(result: dict[str, Any], console: Console) -> None:
             console.print(f"{name} at N = {found['batch_size']:,}: {interval(from_json(found))}", highlight=False)
 
 
+def _claims(result: dict[str, Any]) -> list[Claim]:
+    """Shared noise flattens between N = 100 and 1000; flipout falls as 1/N over the whole range; LRT is lower (Sec. 4.1)."""
+    curve, found = VarianceCurve.from_dict(result["curve"]), []
+    for panel, names in result["panels"].items():
+        slope, last = curve.slope("flipout", names), curve.batch_sizes("flipout")[-1]
+        found.append(Claim(f"{panel}: slope of flipout, log-log", -1.0, slope, abs(slope + 1) <= 0.1))
+        lead = curve.ratio("shared", "flipout", last, names)
+        flat = lead.low > 1 if last >= 100 else None
+        found.append(Claim(f"{panel}: shared / flipout at N = {last:,}", "above 1: shared noise levels off", lead, flat))
+        if "local_reparameterization" in curve.points:
+            local = curve.ratio("local_reparameterization", "flipout", last, names)
+            found.append(Claim(f"{panel}: LRT / flipout at N = {last:,}", "below 1", local, local.high < 1))
+    return found
+
+
 def from_json(found: Mapping[str, Any]) -> Estimate:
     """An estimate out of a result; an unknown bound is infinitely far."""
     infinite = {"low": -float("inf"), "high": float("inf"), "standard_error": float("inf"), "value": float("nan"), "degrees": 0.0}
     return Estimate(**{name: default if found[name] is None else found[name] for name, default in infinite.items()})
 
 
-EXPERIMENT = Experiment(VarianceSettings.preset, _run, _show)
+EXPERIMENT = Experiment(VarianceSettings.preset, _run, _show, _claims)
