@@ -1,8 +1,8 @@
 """Two processes, one model, noise of its own on each: ``python examples/ddp.py``.
 
-It starts itself under torchrun with gloo; on GPUs it would be nccl, and nothing else. The wrapper goes *inside* DDP. Each rank draws
-from a generator of its own, so that noise differs between ranks as it does between examples, and the average of the gradients is that
-of one batch of twice the size.
+It starts itself under torchrun with gloo; on GPUs it would be nccl, and nothing else. The wrapper goes *inside* DDP. Each rank
+draws from a generator of its own, so that noise differs between ranks as it does between examples, and the average of the gradients
+is that of one batch of twice the size.
 """
 
 import argparse
