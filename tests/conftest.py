@@ -10,13 +10,18 @@ hypothesis.settings.register_profile("laws", derandomize=True, deadline=None, da
 hypothesis.settings.load_profile("laws")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """From the first fixture on, of whatever scope: sums are rounded as the number of threads cuts them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> Iterator[None]:
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@
 
 A process may be killed at any moment. :meth:`Run.open` with ``resume=True`` finds the last whole checkpoint, cuts from
 ``metrics.jsonl`` what was logged after it, and the experiment does that work again. So a run that was killed ends with the
-same ``result.json``, but for seconds, and the same ``metrics.jsonl`` as one that was not, if the experiment keeps three habits:
+same ``result.json``, but for seconds, and the same ``metrics.jsonl`` as one that was not, given the same machine and number of
+threads (sums are rounded as they are cut), if the experiment keeps three habits:
 
 * all state that the next step needs is in the checkpoint, the states of generators included;
 * what is logged after the last checkpoint is logged again by the work that follows it, and nothing before it is;
