@@ -1,6 +1,6 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
-from flipout import variance
+from flipout import bayes, variance
 from flipout.draw import Draw
 from flipout.errors import (
     ArgumentError,
@@ -9,6 +9,7 @@ from flipout.errors import (
     FlipoutError,
     MemberError,
     MissingRuleError,
+    NotFiniteError,
     UnsupportedNoiseError,
 )
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
@@ -37,11 +38,13 @@ __all__ = [
     "MissingRuleError",
     "MultiplicativeGaussian",
     "Noise",
+    "NotFiniteError",
     "Perturbed",
     "PerturbedWeight",
     "Rademacher",
     "Shared",
     "UnsupportedNoiseError",
+    "bayes",
     "perturbed",
     "rule",
     "variance",

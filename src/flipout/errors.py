@@ -8,6 +8,7 @@ __all__ = [
     "FlipoutError",
     "MemberError",
     "MissingRuleError",
+    "NotFiniteError",
     "SaveError",
     "UnsupportedNoiseError",
 ]
@@ -39,6 +40,10 @@ class MemberError(FlipoutError, IndexError):
 
 class DrawError(FlipoutError, RuntimeError):
     """A draw is used outside its life: held twice, or asked for members before any are known."""
+
+
+class NotFiniteError(FlipoutError, ArithmeticError):
+    """A loss is NaN or infinite, and training cannot go on from it."""
 
 
 class DownloadError(FlipoutError, OSError):

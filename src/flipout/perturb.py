@@ -95,6 +95,11 @@ class Perturbed(nn.Module):
         """The learnable noise scales: one ``log_std`` tensor of the weight's shape for each learnable parameter."""
         yield from self.log_std.parameters()
 
+    @property
+    def scales(self) -> Mapping[str, torch.Tensor]:
+        """The logarithms of the learnable scales by parameter name, as they stand now."""
+        return _Scales(self.log_std)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. All arguments are its own."""
         draw = self._held
@@ -119,7 +124,7 @@ class Perturbed(nn.Module):
         return output
 
     def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
-        return Draw(self.module, self._sites, _Scales(self.log_std), self.estimator, members, generator, self.fallback)
+        return Draw(self.module, self._sites, self.scales, self.estimator, members, generator, self.fallback)
 
     @contextmanager
     def sampling(self) -> Iterator[Perturbed]:

@@ -27,6 +27,7 @@ class Site:
         slots: every place that holds it, as (owning module, attribute); more than one for a tied parameter.
         matrix: for the bias of a selected matrix or kernel, that one's name: both are perturbed along one output axis and
             share its signs.
+        names: all its names, one for each of ``slots``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     axes: tuple[int, ...]
     slots: tuple[tuple[nn.Module, str], ...]
     matrix: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def mean(self) -> Tensor:
@@ -77,7 +79,7 @@ def select(
         slots = tuple((owner, attribute) for _, owner, attribute in found)
         _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
         _require_python(own[0], slots)
-        sites.append(Site(own[0], chosen, _sign_axes(slots), slots))
+        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own)))
     if not sites:
         raise ArgumentError(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "

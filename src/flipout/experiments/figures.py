@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
     from flipout.variance import VarianceComponents, VarianceCurve
 
-__all__ = ["draw_curves", "draw_demo"]
+__all__ = ["draw_curves", "draw_demo", "draw_races"]
 
 _RC: Any = {
     "font.size": 10,
@@ -137,4 +137,39 @@ def draw_curves(
             axes.set_title(f"{net}: {panel}")
         figure.axes[0].set_ylabel("variance of the gradient, mean over weights")
         figure.axes[0].legend(frameon=False, fontsize=9)
+        return figure
+
+
+def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targets: Sequence[float]) -> Figure:
+    """For each noise the training loss against iterations and against seconds, and the test measure against iterations."""
+    with rc_context(_RC):
+        figure = Figure(figsize=(12.6, 3.7 * len(races)), layout="constrained")
+        grid = figure.subplots(len(races), 3, squeeze=False)
+        for row, race in zip(grid, races, strict=True):
+            for name, runs in race["runs"].items():
+                style = STYLES[name]
+                for i, run in enumerate(runs):
+                    line: Any = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.4, "alpha": 0.8}
+                    label = name.replace("_", " ") if i == 0 else None
+                    steps, losses = np.array(run["curve"], dtype=float).reshape(-1, 2).T
+                    row[0].plot(steps, losses, label=label, **line)
+                    row[1].plot(steps * run["seconds_a_step"], losses, **line)
+                    row[2].plot(*np.array(run["tests"], dtype=float).T, **line)
+            for axes in row[:2]:
+                for target in targets:
+                    axes.axhline(target, color="0.85", linewidth=0.8, zorder=0)
+                axes.set_ylabel("training NLL under noise (nats)")
+            for axes in row:
+                axes.set_yscale("log")
+                axes.set_xlim(left=0)
+                axes.grid(color="0.94", linewidth=0.8)
+                axes.set_axisbelow(True)
+            row[0].set_title(f"{net}, {race['noise']}: loss over iterations")
+            row[1].set_title("loss over seconds")
+            row[2].set_title(f"{measure} of the mean weights")
+            row[0].set_xlabel("iterations")
+            row[1].set_xlabel("seconds (iterations × median step)")
+            row[2].set_xlabel("iterations")
+            row[2].set_ylabel(measure)
+            row[0].legend(frameon=False, fontsize=9)
         return figure

@@ -5,6 +5,7 @@ Each takes the generator of its initial weights, which follow torch's laws unles
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CharLSTM", "ConvLe", "ConvVGG", "FullyConnected", "State", "WordLSTM", "count_parameters"]
+__all__ = ["CharLSTM", "ConvLe", "ConvVGG", "FullyConnected", "State", "TiedLSTM", "WordLSTM", "count_parameters"]
 
 #: Hidden and cell state of an LSTM, ``[layers, N, units]`` each.
 State = tuple[Tensor, Tensor]
@@ -209,6 +210,71 @@ class CharLSTM(nn.Module):
         hidden, after = self.lstm(inputs, state)
         logits = self.decoder(hidden)
         return logits if state is None else (logits, after)
+
+
+class TiedLSTM(nn.Module):
+    """Merity et al.'s language model (2018), which the paper's Appendix E.4 trains: embeddings of 400, LSTM layers of 1150, 1150
+    and 400 units, and a softmax layer that has the embedding's weights; 24,221,600 parameters for 10,000 words.
+
+    Takes tokens ``[N, T]`` and returns logits ``[N, T, vocabulary]``.
+
+    Args:
+        generator: source of the initial weights.
+        vocabulary: tokens.
+        embedding: of each token, and units of the last layer.
+        units: of the layers before the last.
+        layers: of the LSTM.
+        embedding_dropout: the chance that a token of the vocabulary is dropped from a whole batch.
+        output_dropout: the chance of each feature before the softmax layer.
+
+    Attributes:
+        dropout_generator: source of the masks of dropout in training mode; None for torch's own.
+
+    Example:
+        >>> net = TiedLSTM(vocabulary=11, embedding=4, units=5)
+        >>> net(torch.zeros(2, 3, dtype=torch.long)).shape, net.decoder.weight is net.embedding.weight
+        (torch.Size([2, 3, 11]), True)
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | None = None,
+        vocabulary: int = 10_000,
+        embedding: int = 400,
+        units: int = 1150,
+        layers: int = 3,
+        embedding_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding: nn.Embedding = nn.utils.skip_init(nn.Embedding, vocabulary, embedding)
+        sizes = [embedding, *[units] * (layers - 1), embedding]
+        self.lstms = nn.ModuleList(_lstm(before, after, 1) for before, after in itertools.pairwise(sizes))
+        self.decoder = _linear(embedding, vocabulary, generator)
+        self.decoder.weight = self.embedding.weight
+        self.embedding_dropout, self.output_dropout = embedding_dropout, output_dropout
+        self.dropout_generator: torch.Generator | None = None
+        with torch.no_grad():
+            self.embedding.weight.uniform_(-0.1, 0.1, generator=generator)
+            self.decoder.bias.zero_()
+            for layer, after in zip(self.lstms, sizes[1:], strict=True):
+                _uniform(layer, after**-0.5, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        if self.training and self.embedding_dropout:
+            hidden = hidden * self._mask((len(self.embedding.weight), 1), self.embedding_dropout)[tokens]
+        for layer in self.lstms:
+            hidden, _ = layer(hidden)
+        if self.training and self.output_dropout:
+            hidden = hidden * self._mask(hidden.shape, self.output_dropout)
+        logits: Tensor = self.decoder(hidden)
+        return logits
+
+    def _mask(self, shape: Sequence[int], chance: float) -> Tensor:
+        like = self.decoder.weight
+        kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - chance, generator=self.dropout_generator)
+        return kept / (1 - chance)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:

@@ -159,6 +159,13 @@ ENTRIES = (
         "components", "alpha, beta and gamma of a net, and the curves they predict", "Theorem 2, Eq. 7-12",
         "flipout.experiments.components", (_NET,),
     ),
+    Entry(
+        "large-batch", "iterations and seconds to a training loss at batches of 8192, under each estimator", "Figures 2a, 4 and 7",
+        "flipout.experiments.large_batch", (
+            Option("net", ("fc", "convle", "lstm"), "The paper's network."),
+            Option("noise", ("auto", "bbb", "multiplicative", "dropconnect"), "auto: dropconnect for the lstm, else bbb."),
+        ),
+    ),
 )  # fmt: skip
 
 

@@ -1,0 +1,42 @@
+"""Bayesian networks with mean-field posteriors: learnable Gaussian noise, priors and their KL, the ELBO, and prediction.
+
+The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a Bayesian net is a :class:`flipout.Perturbed` with
+``Gaussian(std, learnable=True)``, trained on the negative ELBO (Blundell et al. 2015):
+
+    loss = nll + KL(q ‖ prior) / dataset size
+"""
+
+from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
+from flipout.bayes.kl import kl_by_parameter, kl_divergence
+from flipout.bayes.metrics import accuracy, brier_score, calibration_error, negative_log_likelihood, ood_auroc
+from flipout.bayes.plots import draw_band, draw_reliability
+from flipout.bayes.posterior import from_pretrained
+from flipout.bayes.prediction import Classification, Regression, predict, sample_outputs
+from flipout.bayes.priors import LogUniform, ScaleMixture, centred_prior
+from flipout.bayes.schedules import cyclical_annealing, linear_annealing, minibatch_weight
+
+__all__ = [
+    "Classification",
+    "Elbo",
+    "LogUniform",
+    "Regression",
+    "ScaleMixture",
+    "accuracy",
+    "brier_score",
+    "calibration_error",
+    "centred_prior",
+    "cyclical_annealing",
+    "draw_band",
+    "draw_reliability",
+    "elbo_loss",
+    "from_pretrained",
+    "kl_by_parameter",
+    "kl_divergence",
+    "linear_annealing",
+    "minibatch_weight",
+    "negative_log_likelihood",
+    "ood_auroc",
+    "predict",
+    "require_finite",
+    "sample_outputs",
+]

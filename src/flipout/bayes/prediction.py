@@ -1,0 +1,206 @@
+"""Predictions averaged over the posterior, and what the members disagree about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flipout.bayes.posterior import require_net
+from flipout.errors import ArgumentError
+from flipout.estimators import Independent, Shared
+from flipout.gradients import require_count
+from flipout.perturb import Perturbed
+
+__all__ = ["Classification", "Prediction", "Regression", "predict", "sample_outputs"]
+
+#: Entries of members' dense weights, and rows of members' inputs, that are held at once. Beyond the first, members run one by one.
+_ENTRIES, _ROWS = 2**22, 2**14
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classification:
+    """Class probabilities averaged over members of the posterior. Entropies are in nats.
+
+    Attributes:
+        mean: ``[N, classes]``, the predictive probabilities.
+        entropy: ``[N]``, of ``mean``: the whole uncertainty.
+        mutual_information: ``[N]``, between the label and the weights: the part that knowing the weights would take away. It is
+            large where members contradict one another (far from the data) and small where all of them hesitate.
+        samples: ``[samples, N, classes]``, each member's own probabilities, or None.
+    """
+
+    mean: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    samples: Tensor | None = None
+
+    @classmethod
+    def of(cls, probabilities: Tensor, keep: bool = True) -> Classification:
+        """From members' probabilities ``[samples, N, classes]``, of an ensemble say.
+
+        Example:
+            >>> sure, torn = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
+            >>> float(Classification.of(torch.stack([torn, torn])).mutual_information)  # both hesitate
+            0.0
+            >>> found = Classification.of(torch.stack([sure, 1 - sure]))  # each is sure, of another class
+            >>> bool(torch.isclose(found.mutual_information, torch.tensor(2.0).log()))
+            True
+        """
+        if not isinstance(probabilities, Tensor) or probabilities.dim() < 2:
+            raise ArgumentError("expected the probabilities of each member, [samples, N, classes]")
+        mean = probabilities.mean(0)
+        entropy = torch.special.entr(mean).sum(-1)
+        each = torch.special.entr(probabilities).sum(-1).mean(0)
+        return cls(mean, entropy, (entropy - each).clamp_min(0.0), probabilities if keep else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Regression:
+    """Outputs averaged over members of the posterior.
+
+    Attributes:
+        mean: ``[N, ...]``.
+        variance: ``[N, ...]``, between members (unbiased), and that of the observations if it was given.
+        samples: ``[samples, N, ...]``, each member's own outputs, or None.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    samples: Tensor | None = None
+
+    @property
+    def std(self) -> Tensor:
+        return self.variance.sqrt()
+
+    @classmethod
+    def of(cls, outputs: Tensor, noise_variance: float | Tensor = 0.0, keep: bool = True) -> Regression:
+        """From members' outputs ``[samples, N, ...]``.
+
+        Example:
+            >>> found = Regression.of(torch.tensor([[1.0], [3.0]]), noise_variance=0.5)
+            >>> float(found.mean), float(found.variance)
+            (2.0, 2.5)
+        """
+        between = outputs.var(0) if len(outputs) > 1 else torch.zeros_like(outputs[0])
+        return cls(outputs.mean(0), between + noise_variance, outputs if keep else None)
+
+
+Prediction = Classification | Regression
+
+
+def predict(
+    net: Perturbed,
+    x: Tensor,
+    samples: int = 32,
+    task: str = "classification",
+    *,
+    noise_variance: float | Tensor = 0.0,
+    generator: torch.Generator | None = None,
+    keep_samples: bool = True,
+    at_once: int | None = None,
+) -> Any:
+    """The posterior predictive: outputs under ``samples`` independent draws of all weights, averaged.
+
+        p(y | x) ≈ 1/S Σ_s p(y | x, W_s),      W_s ~ q
+
+    Every member is one function: it is held for all rows of ``x``, and shares nothing with the others, whatever estimator the net
+    trains with (members of one flipout draw share a base perturbation). The net runs in evaluation mode, without gradients.
+
+    Args:
+        net: with its noise.
+        x: a batch.
+        samples: S.
+        task: ``"classification"``, where the net returns logits ``[N, ..., classes]``, or ``"regression"``.
+        noise_variance: of the observations, to be added to the variance in a regression.
+        generator: of the draws; None for the net's own.
+        keep_samples: whether the result has every member's output.
+        at_once: members that run at once, each with dense weights of its own; None chooses by their size. Another number gives
+            other draws of the same law.
+
+    Returns:
+        A :class:`Classification` with ``.mean``, ``.entropy``, ``.mutual_information`` and ``.samples``, or a :class:`Regression`
+        with ``.mean``, ``.variance`` and ``.samples``.
+
+    Raises:
+        ArgumentError: if ``samples`` is less than 1, the task is unknown, or the outputs are no logits.
+
+    Example:
+        >>> import flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(4, 3), flipout.Gaussian(0.5))
+        >>> found = predict(net, torch.ones(2, 4), samples=8)
+        >>> found.mean.shape, found.entropy.shape, found.samples.shape
+        (torch.Size([2, 3]), torch.Size([2]), torch.Size([8, 2, 3]))
+        >>> predict(net, torch.ones(2, 4), task="regression").variance.shape
+        torch.Size([2, 3])
+    """
+    if task not in ("classification", "regression"):
+        raise ArgumentError(f"predict(task={task!r}): choose 'classification' or 'regression'")
+    outputs = sample_outputs(net, x, samples, generator=generator, at_once=at_once)
+    if task == "regression":
+        return Regression.of(outputs, noise_variance, keep_samples)
+    if outputs.dim() < 3 or outputs.shape[-1] < 2:
+        raise ArgumentError(
+            f"predict: the net returned {tuple(outputs.shape[1:])} for a batch of {x.shape[net.batch_dim]}; classification takes "
+            "logits [N, classes] with 2 classes or more; is it task='regression'?"
+        )
+    return Classification.of(outputs.softmax(-1), keep_samples)
+
+
+def sample_outputs(
+    net: Perturbed, x: Tensor, samples: int = 32, *, generator: torch.Generator | None = None, at_once: int | None = None
+) -> Tensor:
+    """The net's outputs under independent draws of its weights, ``[samples, N, ...]``; arguments as for :func:`predict`.
+
+    Raises:
+        ArgumentError: if ``samples`` is less than 1, ``x`` is no batch, or the net does not return a tensor.
+
+    Example:
+        >>> import flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(1, 1, bias=False), flipout.Gaussian(1.0))
+        >>> outputs = sample_outputs(net, torch.tensor([[1.0], [2.0]]), samples=3)
+        >>> torch.allclose(2 * outputs[:, 0], outputs[:, 1])  # each member is one linear function
+        True
+    """
+    require_net(net)
+    require_count("samples", samples, 1)
+    if not isinstance(x, Tensor) or x.dim() <= net.batch_dim:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ArgumentError(f"predict: x is {shape}; expected a tensor with the examples on dimension {net.batch_dim}")
+    weights = sum(site.mean.numel() for site in net._sites)
+    most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
+    found = []
+    with torch.no_grad(), _evaluating(net):
+        for first in range(0, samples, most):
+            found.append(_members(net, x, min(most, samples - first), generator))
+    return torch.cat(found)
+
+
+def _members(net: Perturbed, x: Tensor, members: int, generator: torch.Generator | None) -> Tensor:
+    """Outputs of some members, ``[members, N, ...]``: in blocks of rows under one held draw."""
+    dim, parts = net.batch_dim, []
+    estimator = Shared() if members == 1 else Independent()
+    with net.using(estimator), net.hold(members, generator):
+        for rows in x.split(max(1, _ROWS // members), dim):
+            output = net(torch.cat([rows] * members, dim))
+            if not isinstance(output, Tensor) or output.dim() <= dim or output.shape[dim] != members * rows.shape[dim]:
+                told = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ArgumentError(f"predict: the net returned {told}; expected a tensor with the rows of x on dimension {dim}")
+            parts.append(output.unflatten(dim, (members, -1)).movedim(dim, 0))
+    return torch.cat(parts, 1 + dim)
+
+
+@contextmanager
+def _evaluating(net: Perturbed) -> Iterator[None]:
+    """Evaluation mode, each part's own mode put back after it."""
+    modes = [(part, part.training) for part in net.modules()]
+    try:
+        net.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
