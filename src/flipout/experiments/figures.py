@@ -15,9 +15,10 @@ from flipout.variance.plots import STYLES, errorbar
 
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
+    from flipout.moments import Estimate
     from flipout.variance import VarianceComponents, VarianceCurve
 
-__all__ = ["draw_curves", "draw_demo", "draw_races"]
+__all__ = ["draw_curves", "draw_demo", "draw_races", "draw_uncertainty"]
 
 _RC: Any = {
     "font.size": 10,
@@ -173,3 +174,51 @@ def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targe
             row[2].set_ylabel(measure)
             row[0].legend(frameon=False, fontsize=9)
         return figure
+
+
+#: Colours of the methods that are no estimators.
+_METHODS = {"point": "0.35", "dropout": "#E69F00", "ensemble": "#009E73"}
+
+
+def draw_uncertainty(
+    methods: Mapping[str, Mapping[str, Estimate]], reliability: Mapping[str, Sequence[Sequence[Sequence[float]]]]
+) -> Figure:
+    """Accuracy against confidence, pooled over seeds; the calibration error and the AUROCs of each method with intervals."""
+    with rc_context(_RC):
+        names = list(methods)[::-1]
+        numbers = ["ece", *(name for name in next(iter(methods.values())) if name.startswith("auroc"))]
+        figure = Figure(figsize=(4.6 + 2.3 * len(numbers), 4.2), layout="constrained")
+        first, *rest = figure.subplots(1, 1 + len(numbers), width_ratios=[2, *[1] * len(numbers)])
+        colours = {name: _METHODS.get(name) or STYLES[name]["color"] for name in methods}
+        first.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
+        for name, seeds in reliability.items():
+            bins = _pooled(seeds)
+            first.plot(*zip(*bins, strict=True), color=colours[name], marker="o", markersize=3.5, linewidth=1.3, label=_plain(name))
+        first.set_xlabel("confidence")
+        first.set_ylabel("accuracy")
+        first.set_title("Reliability on test digits")
+        first.legend(frameon=False, fontsize=9)
+        for axes, number in zip(rest, numbers, strict=True):
+            for row, name in enumerate(names):
+                found = methods[name][number]
+                known = np.isfinite(found.high)
+                error = [[found - found.low], [found.high - found]] if known else None
+                axes.errorbar([float(found)], [row], xerr=error, color=colours[name], marker="o", markersize=5, capsize=2.5)
+            axes.set_yticks(range(len(names)), [_plain(name) if axes is rest[0] else "" for name in names])
+            axes.grid(axis="x", color="0.92", linewidth=0.8)
+            axes.set_title("ECE" if number == "ece" else number.replace("auroc", "AUROC:"))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        return figure
+
+
+def _pooled(seeds: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:
+    """Mean confidence and accuracy of each bin over all seeds; bins are told apart by their place in [0, 1]."""
+    sums: dict[int, np.ndarray[Any, Any]] = {}
+    for count, confidence, accuracy in (row for seed in seeds for row in seed):
+        place = min(int(confidence * 15), 14)
+        sums[place] = sums.get(place, np.zeros(3)) + count * np.array([1.0, confidence, accuracy])
+    return [(float(total[1] / total[0]), float(total[2] / total[0])) for _, total in sorted(sums.items())]
+
+
+def _plain(name: str) -> str:
+    return {"local_reparameterization": "LRT", "dropout": "MC dropout"}.get(name, name)

@@ -74,7 +74,7 @@ class LargeBatchSettings:
         seeds: races of each noise, from ``seed`` on.
         width: of ConvLe, relative to the paper's.
         level: tokens of the LSTM: words or characters.
-        embedding, units: of the LSTM.
+        layers, embedding, units: of the LSTM.
         window: tokens of one example of the LSTM's.
         dropout: of the LSTM, embedding and output.
     """
@@ -86,6 +86,7 @@ class LargeBatchSettings:
     seeds: int
     width: float = 1.0
     level: str = "word"
+    layers: int = 3
     embedding: int = 400
     units: int = 1150
     window: int = 70
@@ -176,7 +177,7 @@ def _load(settings: LargeBatchSettings) -> Dataset | Text:
 def _module(settings: LargeBatchSettings, data: Dataset | Text, seed: int) -> nn.Module:
     generator = stream(seed, 0)
     if isinstance(data, Text):
-        return TiedLSTM(generator, len(data.vocabulary), settings.embedding, settings.units, 3, *settings.dropout)
+        return TiedLSTM(generator, len(data.vocabulary), settings.embedding, settings.units, settings.layers, *settings.dropout)
     return FullyConnected(generator) if settings.net == "fc" else ConvLe(generator, settings.width)
 
 

@@ -31,23 +31,35 @@ class FullyConnected(nn.Module):
 
     Args:
         generator: source of the initial weights, drawn from torch's default law for linear layers; None for torch's own.
+        units: of each hidden layer.
+        dropout: the chance of a hidden unit in training mode.
+
+    Attributes:
+        dropout_generator: source of the masks of dropout; None for torch's own.
 
     Example:
         >>> FullyConnected()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
+    def __init__(self, generator: torch.Generator | None = None, units: int = 512, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = _linear(784, 512, generator)
-        self.fc2 = _linear(512, 512, generator)
-        self.fc3 = _linear(512, 10, generator)
+        self.fc1 = _linear(784, units, generator)
+        self.fc2 = _linear(units, units, generator)
+        self.fc3 = _linear(units, 10, generator)
+        self.dropout = dropout
+        self.dropout_generator: torch.Generator | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = torch.relu(self.fc1(images.flatten(1)))
-        hidden = torch.relu(self.fc2(hidden))
+        hidden = self._thinned(torch.relu(self.fc1(images.flatten(1))))
+        hidden = self._thinned(torch.relu(self.fc2(hidden)))
         logits: Tensor = self.fc3(hidden)
         return logits
+
+    def _thinned(self, hidden: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return hidden
+        return hidden * _mask(hidden.shape, self.dropout, self.dropout_generator, hidden)
 
 
 class ConvLe(nn.Module):
@@ -263,18 +275,13 @@ class TiedLSTM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
         if self.training and self.embedding_dropout:
-            hidden = hidden * self._mask((len(self.embedding.weight), 1), self.embedding_dropout)[tokens]
+            hidden = hidden * _mask((len(self.embedding.weight), 1), self.embedding_dropout, self.dropout_generator, hidden)[tokens]
         for layer in self.lstms:
             hidden, _ = layer(hidden)
         if self.training and self.output_dropout:
-            hidden = hidden * self._mask(hidden.shape, self.output_dropout)
+            hidden = hidden * _mask(hidden.shape, self.output_dropout, self.dropout_generator, hidden)
         logits: Tensor = self.decoder(hidden)
         return logits
-
-    def _mask(self, shape: Sequence[int], chance: float) -> Tensor:
-        like = self.decoder.weight
-        kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - chance, generator=self.dropout_generator)
-        return kept / (1 - chance)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
@@ -317,3 +324,9 @@ def _he(layer: nn.Module, generator: torch.Generator | None) -> None:
 def _zeros(lstm: nn.LSTM, rows: int, like: Tensor) -> State:
     shape = lstm.num_layers, rows, lstm.hidden_size
     return like.new_zeros(shape), like.new_zeros(shape)
+
+
+def _mask(shape: Sequence[int], chance: float, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Zeros with the given chance, else 1/(1 - chance)."""
+    kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - chance, generator=generator)
+    return kept / (1 - chance)

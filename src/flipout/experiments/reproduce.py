@@ -166,6 +166,10 @@ ENTRIES = (
             Option("noise", ("auto", "bbb", "multiplicative", "dropconnect"), "auto: dropconnect for the lstm, else bbb."),
         ),
     ),
+    Entry(
+        "uncertainty", "calibration, and strange inputs told from digits: six ways to be unsure", "beside Sec. 4.3",
+        "flipout.experiments.uncertainty",
+    ),
 )  # fmt: skip
 
 
