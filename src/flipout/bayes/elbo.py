@@ -101,11 +101,15 @@ def require_finite(net: Perturbed, loss: Any) -> float:
 
 def _first_culprit(net: Perturbed) -> str:
     for name, parameter in net.named_parameters():
-        told = name.removeprefix("module.")
-        if name.startswith("log_std."):
-            told = "the scale of " + name.removeprefix("log_std.").replace("/", ".")
         if not bool(parameter.isfinite().all()):
-            return f"the first parameter that is not finite is {told!r}"
+            return f"the first parameter that is not finite is {_told(name)!r}"
+    for name, parameter in net.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return f"all parameters before it are finite, and the first gradient that is not is that of {told!r}"
+            return f"all parameters are finite, and the first gradient that is not is that of {_told(name)!r}"
     return "all parameters and gradients are finite, so look to the batch and the loss function"
+
+
+def _told(name: str) -> str:
+    if name.startswith("log_std."):
+        return "the scale of " + name.removeprefix("log_std.").replace("/", ".")
+    return name.removeprefix("module.")

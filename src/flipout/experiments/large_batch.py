@@ -72,7 +72,7 @@ class LargeBatchSettings:
         race: how it is run.
         estimators: that race; local reparameterisation is left out where it would be biased.
         seeds: races of each noise, from ``seed`` on.
-        width: of ConvLe, relative to the paper's.
+        width: of FC and ConvLe, relative to the paper's.
         level: tokens of the LSTM: words or characters.
         layers, embedding, units: of the LSTM.
         window: tokens of one example of the LSTM's.
@@ -119,7 +119,7 @@ class LargeBatchSettings:
         return cls(
             race=_laptop(net, kind),
             seeds=3,
-            width=0.25,
+            width=0.25 if net == "convle" else 1.0,
             level="char",
             embedding=64,
             units=96,
@@ -178,7 +178,9 @@ def _module(settings: LargeBatchSettings, data: Dataset | Text, seed: int) -> nn
     generator = stream(seed, 0)
     if isinstance(data, Text):
         return TiedLSTM(generator, len(data.vocabulary), settings.embedding, settings.units, settings.layers, *settings.dropout)
-    return FullyConnected(generator) if settings.net == "fc" else ConvLe(generator, settings.width)
+    if settings.net == "fc":
+        return FullyConnected(generator, round(512 * settings.width))
+    return ConvLe(generator, settings.width)
 
 
 def _net(settings: LargeBatchSettings, noise: NoiseSettings, estimator: str, data: Dataset | Text, seed: int) -> Perturbed:
