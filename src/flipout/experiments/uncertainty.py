@@ -181,7 +181,17 @@ class _Seed:
     report: Callable[[int, int], None]
 
     def judge(self, method: str) -> dict[str, Any]:
-        """What a method's predictions are worth."""
+        """What a method's predictions are worth; out of a checkpoint if they were judged before."""
+        name = f"judged-{method}-seed{self.seed}"
+        done = self.run.load_checkpoint(name)
+        if done is None:
+            done = self._judge(method)
+            numbers = {number.replace(" ", "_"): value for number, value in done["numbers"].items()}
+            self.run.log(step=self.settings.steps, method=method, **numbers)
+            self.run.save_checkpoint(name, done)
+        return done
+
+    def _judge(self, method: str) -> dict[str, Any]:
         labels = self.data.test.labels
         found = self._predict(method, self.data.test.inputs)
         numbers = {
@@ -192,7 +202,6 @@ class _Seed:
         }
         for name, images in self.strange.items():
             numbers[f"auroc {name}"] = ood_auroc(found.entropy, self._predict(method, images).entropy)
-        self.run.log(step=self.settings.steps, method=method, **{name.replace(" ", "_"): value for name, value in numbers.items()})
         return {"numbers": numbers, "reliability": _reliability(found, labels)}
 
     def _predict(self, method: str, images: Tensor) -> Classification:
