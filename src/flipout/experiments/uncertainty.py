@@ -77,15 +77,15 @@ class UncertaintySettings:
         seeds: trainings of every method, from ``seed`` on.
     """
 
-    steps: int = 2000
-    batch: int = 128
-    learning_rate: float = 1e-3
+    steps: int = 1000
+    batch: int = 256
+    learning_rate: float = 2e-3
     units: int = 256
     dropout: float = 0.5
     std: float = 0.03
     prior_std: float = 0.1
     temperature: float = 0.1
-    samples: int = 32
+    samples: int = 16
     ensemble: int = 5
     rotation: int = 1
     noise_std: float = 0.5
@@ -105,7 +105,7 @@ class UncertaintySettings:
             return cls(steps=6, batch=16, units=8, samples=3, ensemble=2, train=200, test=100, seeds=2, download=False, **options)
         if name == "laptop":
             return cls(**options)
-        return cls(steps=30_000, units=512, samples=128, seeds=10, **options)
+        return cls(steps=10_000, units=512, samples=128, seeds=10, **options)
 
 
 def strange_inputs(digits: Tensor, settings: UncertaintySettings) -> dict[str, Tensor]:
