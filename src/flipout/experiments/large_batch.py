@@ -26,7 +26,7 @@ from flipout.experiments.figures import draw_races
 from flipout.experiments.networks import ConvLe, FullyConnected, TiedLSTM, count_parameters
 from flipout.experiments.pretrain import mean_loss, token_loss
 from flipout.experiments.race import Lane, Objective, RaceSettings, race
-from flipout.experiments.race_results import show_races, summarize
+from flipout.experiments.race_results import claim_races, show_races, summarize
 from flipout.experiments.reproduce import Experiment
 from flipout.experiments.run import Progress, Run
 from flipout.gradients import stream
@@ -216,4 +216,4 @@ def _perplexity(net: nn.Module, pieces: Sequence[Any]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-EXPERIMENT = Experiment(LargeBatchSettings.preset, _run, show_races)
+EXPERIMENT = Experiment(LargeBatchSettings.preset, _run, show_races, claim_races)

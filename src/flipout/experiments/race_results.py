@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flipout.experiments.claims import Claim
 from flipout.experiments.console import interval
 from flipout.experiments.race import Lane, RaceSettings, paces
 from flipout.experiments.variance import from_json
 from flipout.moments import Estimate, estimate_mean
 
-__all__ = ["PAIRS", "ratio_over_seeds", "show_races", "summarize"]
+__all__ = ["PAIRS", "claim_races", "ratio_over_seeds", "show_races", "summarize"]
 
 #: The estimators whose ratios are told.
 PAIRS = (("shared", "flipout"), ("flipout", "local_reparameterization"))
@@ -84,6 +85,26 @@ def show_races(result: dict[str, Any], console: Console) -> None:
     for each in result["races"]:
         console.print(_trainings(each, result["measure"]))
         console.print(_ratios(each))
+
+
+def claim_races(result: dict[str, Any]) -> list[Claim]:
+    """The paper's statements (Sec. 4.3) beside the ratios at the last loss that all reached."""
+    found: list[Claim] = []
+    paper = {
+        ("shared / flipout", "steps_to"): (3.0, "iterations"),
+        ("shared / flipout", "seconds_to"): (1.5, "seconds"),
+        ("flipout / local_reparameterization", "steps_to"): (1.0, "iterations"),
+    }
+    for each in result["races"]:
+        for (pair, cost), (stated, unit) in paper.items():
+            reached = [(t, r[cost]) for t, r in each["ratios"].get(pair, {}).items() if t != "seconds_a_step" and r[cost]]
+            if not reached:
+                continue
+            target, ratio = reached[-1][0], from_json(reached[-1][1])
+            holds = 0.8 <= ratio.value <= 1.25 if stated == 1.0 else ratio.value >= stated / 1.25
+            what = f"{each['noise']}: {_short(pair)}, {unit} to a training NLL of {target}"
+            found.append(Claim(what, stated, ratio, holds if each["noise"] == "bbb" else None))
+    return found
 
 
 def _trainings(each: Mapping[str, Any], measure: str) -> Table:
