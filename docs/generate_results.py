@@ -36,13 +36,18 @@ def wall(result: dict[str, Any]) -> str:
 
 
 def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
-    reached = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["pretraining"].items())
+    settings = result["settings"].get("subject", result["settings"])
     machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
-    data = result["data"].replace(f"; {result['settings']['subject']['data_dir']}", ", from --data-dir")
-    return (
-        f"*{data}; {result['parameters']:,} parameters; pre-trained: {reached}; preset {result['preset']}, seed "
-        f"{result['settings']['subject']['seed']}; {wall(result)}; {machine}; begun {environment['started']}*"
-    )
+    facts = [result["data"].replace(f"; {settings['data_dir']}", ", from --data-dir")]
+    if "parameters" in result:
+        facts.append(f"{result['parameters']:,} parameters")
+    if "pretraining" in result:
+        reached = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["pretraining"].items())
+        facts.append(f"pre-trained: {reached}")
+    first, several = settings["seed"], settings.get("seeds", 1)
+    seeds = f"seeds {first} to {first + several - 1}" if several > 1 else f"seed {first}"
+    facts.append(f"preset {result['preset']}, {seeds}")
+    return f"*{'; '.join([*facts, wall(result), machine])}; begun {environment['started']}*"
 
 
 def variance(result: dict[str, Any]) -> str:
@@ -80,17 +85,71 @@ def components(result: dict[str, Any]) -> str:
     return f"{grid(header, rows)}\n\n{text}"
 
 
-RENDER = {"variance": variance, "components": components}
+def large_batch(result: dict[str, Any]) -> str:
+    parts = []
+    for race in result["races"]:
+        rows = []
+        for pair, found in race["ratios"].items():
+            for target, ratios in found.items():
+                if target != "seconds_a_step":
+                    costs = [told(ratios[cost]) for cost in ("steps_to", "seconds_to", "seconds_spent_to")]
+                    rows.append([short(pair), target, *costs])
+            rows.append([short(pair), "a step", "", told(found["seconds_a_step"]), ""])
+        header = ["ratio", "to a training NLL of", "iterations", "seconds (median steps)", "seconds as spent"]
+        parts.append(f"Noise: {race['noise']}.\n\n{grid(header, rows)}")
+        targets = list(next(iter(race["runs"].values()))[0]["steps_to"])
+        rows = []
+        for name, runs in race["runs"].items():
+            steps = [", ".join(f"{run['steps_to'][target] or '-'}" for run in runs) for target in targets]
+            seconds = ", ".join(f"{run['seconds_a_step']:.2f}" for run in runs)
+            last = ", ".join(f"{run['tests'][-1][1]:.3g}" for run in runs)
+            rows.append([short(name), *steps, seconds, last])
+        header = ["estimator", *(f"iterations to {target}" for target in targets), "seconds a step", f"last {result['measure']}"]
+        parts.append(grid(header, rows))
+    race, settings = result["settings"]["race"], result["settings"]
+    parts.append(
+        f"Batch {race['batch']:,}, Adam {race['learning_rate']:g}, at most {race['steps']} steps; {settings['seeds']} seeds, one number "
+        f"of a row each; intervals are {100 * settings['confidence']:.0f} % t-intervals of the logarithm."
+    )
+    return "\n\n".join(parts)
+
+
+def uncertainty(result: dict[str, Any]) -> str:
+    parts = []
+    for key, title in (("methods", "method"), ("beyond_point", "beyond the point estimate")):
+        names = list(next(iter(result[key].values())))
+        rows = [[short(method), *(interval(from_json(found[name])) for name in names)] for method, found in result[key].items()]
+        parts.append(grid([title, *names], rows))
+    return "\n\n".join(parts)
+
+
+def told(found: dict[str, Any] | None) -> str:
+    return "not reached by all" if found is None else interval(from_json(found))
+
+
+def short(name: str) -> str:
+    return name.replace("local_reparameterization", "LRT").replace("dropout", "MC dropout")
+
+
+RENDER = {"variance": variance, "components": components, "large-batch": large_batch, "uncertainty": uncertainty}
+ABOUT = {
+    "variance": "variance of the gradient against the batch size, a panel a layer",
+    "components": "variance of the gradient against the batch size, a panel a layer",
+    "large-batch": "training loss over iterations and over seconds, and the test measure, under each estimator",
+    "uncertainty": "reliability on test digits, calibration error and AUROCs of six methods",
+}
 
 
 def section(folder: Path) -> tuple[str, str]:
     """The name of a run's section, and its text."""
     result, environment = read_json(folder / "result.json"), read_json(folder / "environment.json")
-    experiment, net = result["experiment"], result["settings"]["subject"]["net"]
-    name = f"{experiment}-{net}"
+    experiment, settings = result["experiment"], result["settings"]
+    net = settings.get("subject", settings).get("net", "")
+    kind = settings["noises"][0]["kind"] if "noises" in settings else ""
+    name = "-".join(part for part in (experiment, net, kind) if part)
     figure = f"{name}.png"
     shutil.copy(folder / "figures" / f"{experiment}.png", ROOT / "docs" / "figures" / figure)
-    picture = f"![{experiment} of {net}: variance of the gradient against the batch size, a panel a layer](figures/{figure})"
+    picture = f"![{' of '.join(part for part in (experiment, net) if part)}: {ABOUT[experiment]}](figures/{figure})"
     return name, f"{RENDER[experiment](result)}\n\n{picture}\n\n{about(result, environment)}"
 
 

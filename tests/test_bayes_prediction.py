@@ -117,6 +117,22 @@ def test_a_regression_s_variance_is_the_exact_one():
     assert bayes.predict(net, x, 3, "regression", keep_samples=False).samples is None
 
 
+def test_a_net_that_no_rule_serves_is_asked_member_by_member():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return x @ torch.linalg.matrix_exp(self.weight)
+
+    net = flipout.Perturbed(Odd(), flipout.Gaussian(0.1))
+    x = torch.randn(4, 3)
+    assert bayes.sample_outputs(net, x, 5, generator=generator()).var(0).min() > 0
+    with pytest.raises(flipout.MissingRuleError):
+        bayes.sample_outputs(net, x, 5, at_once=2)
+
+
 def test_recurrent_nets_put_their_rows_where_they_belong():
     class Last(nn.Module):
         def __init__(self):

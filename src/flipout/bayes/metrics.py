@@ -29,7 +29,8 @@ def accuracy(prediction: Classification | Tensor, labels: Tensor) -> float:
         0.5
     """
     mean = _probabilities(prediction, labels)
-    return float(_torchmetrics().multiclass_accuracy(mean, labels, mean.shape[1], average="micro"))
+    found = float(_torchmetrics().multiclass_accuracy(mean, labels, mean.shape[1], average="micro"))
+    return round(found * len(labels)) / len(labels)  # the exact fraction, out of single precision
 
 
 def calibration_error(prediction: Classification | Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flipout.bayes.posterior import require_net
-from flipout.errors import ArgumentError
+from flipout.errors import ArgumentError, MissingRuleError
 from flipout.estimators import Independent, Shared
 from flipout.gradients import require_count
 from flipout.perturb import Perturbed
@@ -173,11 +173,13 @@ def sample_outputs(
         raise ArgumentError(f"predict: x is {shape}; expected a tensor with the examples on dimension {net.batch_dim}")
     weights = sum(site.mean.numel() for site in net._sites)
     most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
-    found = []
     with torch.no_grad(), _evaluating(net):
-        for first in range(0, samples, most):
-            found.append(_members(net, x, min(most, samples - first), generator))
-    return torch.cat(found)
+        try:
+            return torch.cat([_members(net, x, min(most, samples - i), generator) for i in range(0, samples, most)])
+        except MissingRuleError:  # one member has ordinary weights, and needs no rules
+            if at_once is not None or most == 1:
+                raise
+            return torch.cat([_members(net, x, 1, generator) for _ in range(samples)])
 
 
 def _members(net: Perturbed, x: Tensor, members: int, generator: torch.Generator | None) -> Tensor:
