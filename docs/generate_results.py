@@ -108,8 +108,8 @@ def large_batch(result: dict[str, Any]) -> str:
         parts.append(grid(header, rows))
     race, settings = result["settings"]["race"], result["settings"]
     parts.append(
-        f"Batch {race['batch']:,}, Adam {race['learning_rate']:g}, at most {race['steps']} steps; {settings['seeds']} seeds, one number "
-        f"of a row each; intervals are {100 * settings['confidence']:.0f} % t-intervals of the logarithm."
+        f"Batch {race['batch']:,}, Adam {race['learning_rate']:g}, at most {race['steps']} steps; {settings['seeds']} seeds, one "
+        f"number of a row each; intervals are {100 * settings['confidence']:.0f} % t-intervals of the logarithm."
     )
     return "\n\n".join(parts)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from laws import z_mean
 from torch import nn
-from torch.distributions import Gumbel, HalfNormal, Laplace, Normal, Poisson, Uniform, kl
+from torch.distributions import Categorical, Gumbel, HalfNormal, Laplace, MixtureSameFamily, Normal, Poisson, Uniform, kl
 
 import flipout
 from flipout import ArgumentError, Gaussian, bayes
@@ -73,6 +73,16 @@ def test_closed_forms_equal_monte_carlo(noise, prior):
 def test_registered_pairs_draw_nothing(noise, prior, monkeypatch):
     monkeypatch.setattr(bayes.posterior.Posterior, "sample", lambda *_: pytest.fail("a draw was made"))
     assert bayes.kl_divergence(one(noise, 0.5, 0.2), PRIORS[prior]).isfinite()
+
+
+MIXTURE = MixtureSameFamily(Categorical(torch.tensor([0.4, 0.6])), Normal(torch.zeros(2), torch.tensor([1.0, 0.1])))
+
+
+def test_torchs_own_mixture_is_the_scale_mixture():
+    net = flipout.Perturbed(nn.Linear(3, 2), Gaussian(0.2))
+    g = [torch.Generator().manual_seed(0) for _ in range(2)]
+    ours = bayes.kl_divergence(net, bayes.ScaleMixture(0.4, 1.0, 0.1), 3, g[0])
+    assert ours.item() == pytest.approx(bayes.kl_divergence(net, MIXTURE, 3, g[1]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("prior", [bayes.ScaleMixture(0.4, 1.0, 0.1), torch.distributions.StudentT(3.0)])

@@ -22,6 +22,7 @@ from flipout.bayes.priors import LogUniform
 from flipout.bayes.special import dawson_integral
 from flipout.errors import ArgumentError
 from flipout.gradients import require_count
+from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
 
 __all__ = ["Prior", "kl_by_parameter", "kl_divergence"]
@@ -165,8 +166,7 @@ def _require_finite_kl(posterior: Posterior, prior: Distribution) -> None:
             f"{name!r} has the noise {noise}, whose law is discrete: its KL to a prior with a density is infinite; take Gaussian "
             "noise"
         )
-    real = prior.support is constraints.real
-    if not real and isinstance(posterior.law(), Distribution):
+    if isinstance(noise, Gaussian) and not _over_all_reals(prior, posterior.mean):
         raise ArgumentError(
             f"the prior of {name!r} is {prior}, which is not over all reals as the posterior is: the KL is infinite; take another"
         )
@@ -175,3 +175,11 @@ def _require_finite_kl(posterior: Posterior, prior: Distribution) -> None:
             f"{name!r} has weights of zero under relative noise, which have no spread: the KL is infinite; exclude it (biases "
             "often start at zero), or give it additive noise, which flipout.bayes.from_pretrained does with a floor"
         )
+
+
+def _over_all_reals(prior: Distribution, like: Tensor) -> bool:
+    """Whether a law has a density far out on both sides; a mixture does not say so by its type."""
+    support: Any = prior.support
+    if support is constraints.real or support.is_discrete:
+        return not support.is_discrete
+    return all(bool(support.check(like.new_full(prior.batch_shape, far)).all()) for far in (-1e6, 0.0, 1e6))
