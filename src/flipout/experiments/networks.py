@@ -169,6 +169,7 @@ class WordLSTM(nn.Module):
         self, generator: torch.Generator | None = None, vocabulary: int = 10_000, units: int = 650, layers: int = 2
     ) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         self.embedding: nn.Embedding = nn.utils.skip_init(nn.Embedding, vocabulary, units)
         self.lstm = _lstm(units, units, layers)
         self.decoder = _linear(units, vocabulary, generator)

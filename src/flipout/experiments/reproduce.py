@@ -149,6 +149,8 @@ class Entry:
 
 _NET = Option("net", ("fc", "convle", "convgg", "lstm"), "The paper's network.")
 
+_METHODS = ("none", "zaremba", "semeniuta", "gal", "zoneout", "gaussian", "gaussian-flipout", "wd", "wd-flipout")
+
 #: In the order of the paper.
 ENTRIES = (
     Entry(
@@ -160,6 +162,12 @@ ENTRIES = (
         "flipout.experiments.components", (_NET,),
     ),
     Entry(
+        "regularization", "language models under masks and weight noise", "Tables 2 and 3", "flipout.experiments.regularization",
+        (
+            Option("level", ("char", "word", "transformer"), "The paper's LSTMs of characters or words, or a GPT-2 of characters."),
+            Option("method", ("all", *_METHODS), "One method of the level's table, or all of them."),
+        ),
+    ),
         "large-batch", "iterations and seconds to a training loss at batches of 8192, under each estimator", "Figures 2a, 4 and 7",
         "flipout.experiments.large_batch", (
             Option("net", ("fc", "convle", "lstm"), "The paper's network."),
