@@ -106,7 +106,7 @@ _TRANSFORMER = replace(_CHAR, level="transformer", model=_GPT2, training=replace
 
 _LAPTOP: Mapping[str, Any] = {"samples": 8, "draws": 100}
 _SMALL_CHAR = replace(
-    _AMSGRAD, epochs=40, window=50, learning_rate=0.004, patience=6, evaluation_rows=32, watched=50_000
+    _AMSGRAD, epochs=30, window=50, learning_rate=0.008, patience=6, evaluation_rows=32, watched=50_000
 )  # fmt: skip
 _SMALL_WORD = replace(_SGD, epochs=25, batch=20, learning_rate=20.0, patience=6, evaluation_rows=20, watched=20_000)
 _SMOKE: Mapping[str, Any] = {"seeds": 2, "train_tokens": 400, "samples": 2, "draws": 8, "download": False}
