@@ -170,8 +170,8 @@ def _require_known(net: Any, tokens: Tensor) -> None:
     least, most, known = int(tokens.min()), int(tokens.max()), net.module.vocabulary
     if least < 0 or most >= known:
         raise ArgumentError(
-            f"the text has a token numbered {most if most >= known else least}, and the model knows 0 to {known - 1}: encode it with "
-            "the vocabulary that the model was trained with, where unknown tokens become <unk>"
+            f"the text has a token numbered {most if most >= known else least}, and the model knows 0 to {known - 1}: encode it "
+            "with the vocabulary that the model was trained with, where unknown tokens become <unk>"
         )
 
 

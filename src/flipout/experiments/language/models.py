@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError as error:
             raise ArgumentError(
-                f"a transformer needs the package transformers ({error}): pip install 'flipout[models]', or choose level char or word"
+                f"a transformer needs the package transformers ({error}): pip install 'flipout[models]', or choose another model"
             ) from error
         if units % heads:
             raise ArgumentError(f"{units} units cannot be parted among {heads} heads; make them a multiple")

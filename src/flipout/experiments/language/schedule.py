@@ -10,7 +10,7 @@ __all__ = ["NonMonotonic"]
 
 
 class NonMonotonic:
-    """Tells when a validation loss has stopped falling: v_t > min(v_0, ..., v_{t-n}) with t > n, so that noise of n checks triggers nothing.
+    """Tells when a validation loss has stopped falling: v_t > min(v_0, ..., v_{t-n}) with t > n.
 
     Merity et al. start averaging at the first such t (their algorithm 1, with n = 5); the paper divides the learning rate by 4. It
     leaves open what is compared after that: here the record starts anew, so that one bad stretch divides once.

@@ -67,8 +67,8 @@ class Trained:
     """What a training reached. The model has the weights of its best epoch.
 
     Attributes:
-        train, valid: mean loss in nats a token after each epoch: of training under noise, and of the mean weights on what is watched
-            of the validation split.
+        train, valid: mean loss of each epoch in nats a token: of training under noise, and after it of the mean weights on what is
+            watched of the validation split.
         best: the epoch with the lowest validation loss, from 1.
         steps: in all.
     """
