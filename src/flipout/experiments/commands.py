@@ -11,6 +11,7 @@ from rich.table import Table
 
 import flipout
 from flipout.experiments.console import interval, progress_bars, spread
+from flipout.experiments.lm_commands import lm
 from flipout.experiments.reproduce_commands import reproduce
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 
 app.add_typer(reproduce, name="reproduce")
+app.command()(lm)
 
 
 def _print_version(wanted: bool) -> None:

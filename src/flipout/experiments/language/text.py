@@ -13,7 +13,7 @@ from torch import Tensor
 from flipout.data import Text
 from flipout.errors import ArgumentError
 
-__all__ = ["UNKNOWN", "cut_training", "encode", "limit_vocabulary", "own_text", "split_tokens"]
+__all__ = ["UNKNOWN", "cut_training", "encode", "limit_vocabulary", "own_text", "read_text", "split_tokens"]
 
 #: Stands for a token that the vocabulary lacks.
 UNKNOWN = "<unk>"
@@ -82,14 +82,8 @@ def encode(tokens: Sequence[str], vocabulary: Sequence[str]) -> Tensor:
     return torch.tensor([numbers.get(token, other) for token in tokens], dtype=torch.int64)
 
 
-def own_text(path: Path, level: str) -> Text:
-    """A file of the user's own: the first nine tenths to train on, a twentieth each to validate and to test.
-
-    A token that training has but once, and every one that it has not at all, is ``<unk>``.
-
-    Args:
-        path: of a text in UTF-8.
-        level: ``"char"`` or ``"word"``.
+def read_text(path: Path) -> str:
+    """A file's text.
 
     Raises:
         ArgumentError: if the file cannot be read, is not UTF-8, or is empty.
@@ -103,9 +97,24 @@ def own_text(path: Path, level: str) -> Text:
         ) from error
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read ({error.strerror or error}); name a text file") from error
-    tokens = split_tokens(content, level)
     if not content.strip():
         raise ArgumentError(f"{path} is empty; name a file with some text")
+    return content
+
+
+def own_text(path: Path, level: str) -> Text:
+    """A file of the user's own: the first nine tenths to train on, a twentieth each to validate and to test.
+
+    A token that training has but once, and every one that it has not at all, is ``<unk>``.
+
+    Args:
+        path: of a text in UTF-8.
+        level: ``"char"`` or ``"word"``.
+
+    Raises:
+        ArgumentError: as :func:`read_text`, or for another level.
+    """
+    tokens = split_tokens(read_text(path), level)
     first, second = len(tokens) * 9 // 10, len(tokens) * 19 // 20
     parts = {"train": tokens[:first], "valid": tokens[first:second], "test": tokens[second:]}
     vocabulary = (UNKNOWN, *_frequent(parts["train"]))

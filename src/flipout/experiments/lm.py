@@ -1,0 +1,176 @@
+"""``flipout lm``: a language model with random weights on anybody's text: trained, evaluated, and sampled from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flipout.data import Text
+from flipout.errors import ArgumentError
+from flipout.experiments.environment import find_device
+from flipout.experiments.language.evaluation import bits, draw_text, evaluate, perplexity
+from flipout.experiments.language.models import ModelSettings, build_model
+from flipout.experiments.language.text import UNKNOWN, encode, own_text, read_text, split_tokens
+from flipout.experiments.language.training import TrainingSettings, train_language_model
+from flipout.experiments.regularization import METHODS, unit
+from flipout.experiments.reproduce import choose
+from flipout.experiments.run import Progress, Run, silent
+from flipout.gradients import stream
+from flipout.regularize import Regularized
+
+__all__ = ["LmSettings", "Model", "lm_settings", "run_lm"]
+
+#: The method of a level where none is asked for.
+_DEFAULTS = {"char": "gaussian-flipout", "word": "wd-flipout"}
+
+
+@dataclass(frozen=True)
+class LmSettings:
+    """A text and how a model of it is trained; :func:`lm_settings` fills most of it in.
+
+    Attributes:
+        text: the file.
+        sha256: of its content, so that a run does not go on with another text.
+        level, method: as in :data:`flipout.experiments.regularization.METHODS`.
+        model, training: what is trained, and how.
+    """
+
+    text: Path
+    sha256: str
+    level: str
+    method: str
+    model: ModelSettings
+    training: TrainingSettings
+    seed: int = 0
+    device: str = "cpu"
+
+
+def lm_settings(
+    text: Path,
+    level: str = "char",
+    method: str | None = None,
+    units: int = 256,
+    epochs: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+) -> LmSettings:
+    """The settings for a text.
+
+    Raises:
+        ArgumentError: for a text that cannot be read, another level or method, or no units or epochs.
+    """
+    choose(level, _DEFAULTS, "level")
+    method = _DEFAULTS[level] if method is None else method
+    choose(method, METHODS[level], f"{level}: method")
+    if units < 1 or epochs < 1:
+        raise ArgumentError(f"{units} units, {epochs} epochs: expected 1 or more of each")
+    if level == "char":
+        model = ModelSettings("char", units)
+        training = TrainingSettings(epochs, 32, 50, "amsgrad", 0.004, clip=1.0, patience=5, evaluation_rows=8)
+    else:
+        model = ModelSettings("word", units, layers=2)
+        training = TrainingSettings(epochs, 20, 35, "sgd", 20.0, clip=0.25, patience=10, quarter_after=5, evaluation_rows=8)
+    digest = hashlib.sha256(read_text(text).encode()).hexdigest()
+    return LmSettings(text.resolve(), digest, level, method, model, training, seed, device)
+
+
+class Model:
+    """A trained model of a text.
+
+    Attributes:
+        net: under its method, in evaluation mode.
+        vocabulary: its tokens; the first is ``<unk>``.
+        result: what training reached, as in ``result.json``.
+    """
+
+    def __init__(self, settings: LmSettings, net: Regularized, vocabulary: tuple[str, ...], result: dict[str, Any]) -> None:
+        self.net, self.vocabulary, self.result = net.eval(), vocabulary, result
+        self._settings = settings
+        self._device = next(net.module.parameters()).device
+
+    def sample(self, count: int, prompt: str = "", temperature: float = 1.0, seed: int = 0) -> str:
+        """The prompt and ``count`` tokens drawn after it by the mean weights. An empty prompt is the end of a line.
+
+        Raises:
+            ArgumentError: for a temperature or a count below 0.
+        """
+        level = self._settings.level
+        start = split_tokens(prompt, level) or (["\n"] if "\n" in self.vocabulary else [self.vocabulary[-1]])
+        read = encode(start, self.vocabulary).to(self._device)
+        never = torch.tensor([self.vocabulary.index(UNKNOWN)], device=self._device)
+        drawn = draw_text(self.net, read, count, stream(seed, 30, device=self._device), temperature, never)
+        tokens = [*(start if prompt else []), *(self.vocabulary[i] for i in drawn.tolist())]
+        return "".join(tokens) if level == "char" else " ".join(tokens).replace(" \n ", "\n").replace(" \n", "\n")
+
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """How well the mean weights predict another file: bits per character or perplexity, tokens, and how many are unknown.
+
+        Raises:
+            ArgumentError: if the file cannot be read or is too short.
+        """
+        level = self._settings.level
+        tokens = encode(split_tokens(read_text(path), level), self.vocabulary).to(self._device)
+        number = perplexity if level == "word" else bits
+        found = number(evaluate(self.net, tokens, 1, self._settings.training.window))
+        return {unit(level): round(found, 4), "tokens": len(tokens), "unknown": int((tokens == self.vocabulary.index(UNKNOWN)).sum())}
+
+
+def run_lm(settings: LmSettings, folder: Path, resume: bool = False, progress: Progress = silent) -> Model:
+    """Trains a model in a run folder, or goes on with one; a finished one is only loaded.
+
+    Args:
+        settings: made by :func:`lm_settings`.
+        folder: of the run.
+        resume: go on with the run in the folder.
+        progress: shows how far it is.
+
+    Raises:
+        ArgumentError: if the text is too short for its windows, the folder will not do, or the loss explodes.
+        SaveError: if something cannot be written; what was saved before is kept.
+    """
+    with Run.open(folder, "lm", settings, resume) as run:
+        text = own_text(settings.text, settings.level)
+        device = find_device(settings.device)
+        window = settings.training.window
+        module = build_model(settings.model, len(text.vocabulary), window, settings.seed).to(device)
+        net = Regularized(module, METHODS[settings.level][settings.method])
+        with run.phase("train", progress) as report:
+            state = run.load_checkpoint("train")
+            if state is None or "reached" not in state:
+                reached = _train(settings, net, text.to(device), run, state, report)
+                state = {"reached": reached, "module": net.module.state_dict(), "vocabulary": list(text.vocabulary)}
+                run.save_checkpoint("train", state)
+        net.module.load_state_dict(state["module"])
+        record = {"data": text.source, "parameters": sum(p.numel() for p in module.parameters()), "unit": unit(settings.level)}
+        result = run.result if run.finished else run.finish({**record, **state["reached"]})
+    return Model(settings, net, tuple(state["vocabulary"]), result)
+
+
+def _train(
+    settings: LmSettings, net: Regularized, text: Text, run: Run, state: dict[str, Any] | None, report: Any
+) -> dict[str, Any]:
+    training = settings.training
+    number = perplexity if settings.level == "word" else bits
+    trained = train_language_model(
+        net,
+        text.train,
+        text.valid,
+        training,
+        settings.seed,
+        lambda s: run.save_checkpoint("train", s),
+        lambda: state,
+        run.log,
+        report,
+    )
+    rows, window = training.evaluation_rows, training.window
+    return {
+        "train": number(trained.train[trained.best - 1]),
+        "valid": number(evaluate(net, text.valid, rows, window)),
+        "test": number(evaluate(net, text.test, rows, window)),
+        "best_epoch": trained.best,
+        "epochs": len(trained.valid),
+    }
