@@ -187,7 +187,8 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.criterion is not None:
             self.criterion.load_state_dict(state["criterion"])
-        self.step, self.window, self.train, self.valid = state["step"], state["window"], state["train"], state["valid"]
+        self.step, self.window = state["step"], state["window"]
+        self.train, self.valid = list(state["train"]), list(state["valid"])
         self.best_weights = {name: weight.to(self.device) for name, weight in state["best_weights"].items()}
         recurrent = state["recurrent"]
         self.recurrent = None if recurrent is None else tuple(each.to(self.device) for each in recurrent)
