@@ -21,7 +21,7 @@ from flipout.experiments.language.evaluation import (
 )
 from flipout.experiments.language.models import ModelSettings, Transformer, build_model
 from flipout.experiments.language.schedule import NonMonotonic
-from flipout.experiments.language.text import cut_training, encode, limit_vocabulary, own_text, split_tokens
+from flipout.experiments.language.text import cut, encode, limit_vocabulary, own_text, split_tokens
 from flipout.experiments.language.training import TrainingSettings, train_language_model
 from flipout.gradients import stream
 from flipout.regularize import CHAR, TRANSFORMER, WORD, Regularized
@@ -228,7 +228,9 @@ def test_an_exploding_loss_stops_and_names_step_and_norm(broken):
         return (logits * (math.nan if broken == "nan" else 1e6), after) if calls >= 14 and net.training else (logits, after)
 
     net.module.forward = forward
-    with pytest.raises(ArgumentError, match=r"the loss exploded: at step 14 it is .* its gradient has norm .*last\s+good checkpoint"):
+    with pytest.raises(
+        ArgumentError, match=r"the loss exploded: at step 14 it is .* its gradient has norm .*last\s+good checkpoint"
+    ):
         train_language_model(net, tokens(400), tokens(50, 1), FAST, save=lambda s: states.append(copy.deepcopy(s)))
     assert states[-1]["step"] == 12  # what was saved is from before
     assert all(weight.isfinite().all() for weight in states[-1]["module"].values())
@@ -292,7 +294,7 @@ def test_fewer_words_keep_the_frequent_ones_in_every_split():
     }  # fmt: skip
     assert "the 2 most frequent words" in text.source
     assert limit_vocabulary(text, 3) is limit_vocabulary(text, None) is text
-    assert cut_training(text, 2).train.tolist() == [1, 2]
+    assert cut(text, 2).train.tolist() == [1, 2]
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -116,7 +116,11 @@ class Model:
         tokens = encode(split_tokens(read_text(path), level), self.vocabulary).to(self._device)
         number = perplexity if level == "word" else bits
         found = number(evaluate(self.net, tokens, 1, self._settings.training.window))
-        return {unit(level): round(found, 4), "tokens": len(tokens), "unknown": int((tokens == self.vocabulary.index(UNKNOWN)).sum())}
+        return {
+            unit(level): round(found, 4),
+            "tokens": len(tokens),
+            "unknown": int((tokens == self.vocabulary.index(UNKNOWN)).sum()),
+        }
 
 
 def run_lm(settings: LmSettings, folder: Path, resume: bool = False, progress: Progress = silent) -> Model:

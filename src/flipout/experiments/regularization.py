@@ -23,7 +23,7 @@ from flipout.experiments.environment import find_device
 from flipout.experiments.language.evaluation import bits, evaluate, evaluate_samples, perplexity
 from flipout.experiments.language.figures import draw_histories
 from flipout.experiments.language.models import ModelSettings, build_model
-from flipout.experiments.language.text import cut_training, limit_vocabulary
+from flipout.experiments.language.text import cut, limit_vocabulary
 from flipout.experiments.language.training import TrainingSettings, train_language_model
 from flipout.experiments.networks import count_parameters
 from flipout.experiments.reproduce import Experiment, choose
@@ -63,6 +63,7 @@ class RegularizationSettings:
         model, training: what is trained, and how.
         seeds: trainings of each method, under seeds ``seed``, ``seed + 1``, ...
         train_tokens: the first so many tokens of the training split are trained on; None for all.
+        held_tokens: the first so many tokens of the validation and test splits are evaluated; None for all of them.
         vocabulary: words of the model, the others being ``<unk>``; None for all.
         samples: nets with drawn weights whose predictions are averaged, besides the mean weights; 0 for none.
         draws: gradients drawn to measure the variance under each estimator, of the net that was trained with flipout.
@@ -75,6 +76,7 @@ class RegularizationSettings:
     training: TrainingSettings
     seeds: int = 3
     train_tokens: int | None = None
+    held_tokens: int | None = None
     vocabulary: int | None = None
     samples: int = 0
     draws: int = 200
@@ -109,7 +111,7 @@ _SMALL_CHAR = replace(
     _AMSGRAD, epochs=30, window=50, learning_rate=0.008, patience=6, evaluation_rows=32, watched=50_000
 )  # fmt: skip
 _SMALL_WORD = replace(_SGD, epochs=30, batch=20, learning_rate=20.0, evaluation_rows=20, watched=20_000)
-_SMOKE: Mapping[str, Any] = {"seeds": 2, "train_tokens": 400, "samples": 2, "draws": 8, "download": False}
+_SMOKE: Mapping[str, Any] = {"seeds": 2, "train_tokens": 400, "held_tokens": 400, "samples": 2, "draws": 8, "download": False}
 _FEW: Mapping[str, Any] = {"epochs": 2, "batch": 4, "window": 10, "evaluation_rows": 8, "watched": 200, "save_steps": 4}
 
 _PRESETS: Mapping[str, Mapping[str, RegularizationSettings]] = {
@@ -172,7 +174,7 @@ def unit(level: str) -> str:
 def _load(settings: RegularizationSettings) -> Text:
     level = "word" if settings.level == "word" else "char"
     text = penn_treebank(level, data_dir=settings.data_dir, download=settings.download)
-    return limit_vocabulary(cut_training(text, settings.train_tokens), settings.vocabulary)
+    return limit_vocabulary(cut(text, settings.train_tokens, settings.held_tokens), settings.vocabulary)
 
 
 def _net(settings: RegularizationSettings, name: str, text: Text, seed: int) -> Regularized:

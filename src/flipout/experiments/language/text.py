@@ -13,15 +13,22 @@ from torch import Tensor
 from flipout.data import Text
 from flipout.errors import ArgumentError
 
-__all__ = ["UNKNOWN", "cut_training", "encode", "limit_vocabulary", "own_text", "read_text", "split_tokens"]
+__all__ = ["UNKNOWN", "cut", "encode", "limit_vocabulary", "own_text", "read_text", "split_tokens"]
 
 #: Stands for a token that the vocabulary lacks.
 UNKNOWN = "<unk>"
 
 
-def cut_training(text: Text, tokens: int | None) -> Text:
-    """The text with the first so many tokens of its training split only; the other splits whole."""
-    return replace(text, splits={**text.splits, "train": text.train[:tokens]})
+def cut(text: Text, train: int | None, held: int | None = None) -> Text:
+    """The text with the first so many tokens of its training split, and of each other split; None for all of them.
+
+    Example:
+        >>> splits = {"train": torch.arange(9), "valid": torch.arange(5), "test": torch.arange(5)}
+        >>> {name: len(split) for name, split in cut(Text("t", "", "char", (), splits), 4).splits.items()}
+        {'train': 4, 'valid': 5, 'test': 5}
+    """
+    limits = {name: train if name == "train" else held for name in text.splits}
+    return replace(text, splits={name: split[: limits[name]] for name, split in text.splits.items()})
 
 
 def limit_vocabulary(text: Text, size: int | None) -> Text:

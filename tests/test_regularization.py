@@ -1,0 +1,280 @@
+"""Tables 2 and 3 and ``flipout lm`` at their smallest: every method, the tables printed, kills, full disks, wrong input."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flipout import files
+from flipout.errors import ArgumentError, SaveError
+from flipout.experiments import regularization, reproduce
+from flipout.experiments.commands import app
+from flipout.experiments.lm import lm_settings, run_lm
+from flipout.experiments.regularization import METHODS, PAPER, RegularizationSettings, estimates, gains
+from flipout.experiments.variance import from_json
+
+HERE = Path(__file__).parent
+ENTRY = reproduce.find_entry("regularization")
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The result of each level, of all its methods."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {level: (reproduce.run_experiment(ENTRY, "smoke", folder / level, level=level), folder / level) for level in METHODS}
+
+
+@pytest.mark.parametrize("level", METHODS)
+def test_every_method_of_a_table_runs_and_is_evaluated_on_whole_splits(results, level):
+    result, folder = results[level]
+    assert list(result["rows"]) == list(METHODS[level])
+    assert result["unit"] == ("perplexity" if level == "word" else "bits per character")
+    for name, row in result["rows"].items():
+        assert len(row["valid"]) == len(row["test"]) == result["settings"]["seeds"] == 2
+        assert row["valid"][0] != row["valid"][1]
+        assert all(1 <= epoch <= 2 for epoch in row["best_epoch"])
+        assert (row["sampled"][0] is None) is (METHODS[level][name].noise is None)
+        estimate = estimates(result, "valid")[name]
+        assert estimate.low < estimate.value < estimate.high
+    assert {path.name for path in (folder / "figures").iterdir()} == {"regularization.png", "regularization.svg"}
+    assert result["trained_on"] == 400
+    assert {("none", name) for name in METHODS[level] if name != "none"} <= set(gains(result))
+
+
+@pytest.mark.parametrize(("level", "name"), [("char", "gaussian-flipout"), ("word", "wd-flipout"), ("transformer", "wd-flipout")])
+def test_the_variance_is_measured_where_flipout_is_trained(results, level, name):
+    found = results[level][0]["variance"][name]
+    assert found["batch_size"] == 4
+    for key in ("shared", "flipout", "shared / flipout"):
+        estimate = from_json(found[key])
+        assert 0 < estimate.low < estimate.value < estimate.high
+
+
+def test_methods_that_differ_in_the_sharing_alone_meet_the_same_data_and_weights(results):
+    """One epoch of none is the same whatever else is run, and all start alike: the smoke text is so short that they are close."""
+    alone = reproduce.run_experiment(ENTRY, "smoke", results["char"][1].parent / "none", level="char", method="none")
+    assert alone["rows"]["none"] == results["char"][0]["rows"]["none"]
+
+
+def test_the_paper_s_table_is_printed_beside_ours(tmp_path):
+    arguments = ("reproduce", "regularization", "--level", "word", "--method", "wd-flipout", "--preset", "smoke")
+    found = run(*arguments, "--out", str(tmp_path / "run"))
+    assert found.exit_code == 0, found.output
+    for text in ("perplexity", "76.88", "73.2", "paper, valid", "by averaging samples", "variance of the gradient at wd-flipout"):
+        assert text in found.output
+    again = run(*arguments, "--out", str(tmp_path / "run"), "--resume")
+    assert "nothing was left to do" in again.output
+    assert "76.88" in again.output
+
+
+def test_numbers_of_the_paper():
+    """Tables 2 and 3, validation and test."""
+    assert PAPER["char"]["gaussian-flipout"] == (1.256, 1.227)
+    assert PAPER["char"]["none"] == (1.468, 1.423)
+    assert PAPER["word"]["wd"] == (78.82, 75.71)
+    assert PAPER["word"]["zaremba"] == (80.40, 76.81)
+    assert all(test < valid for table in PAPER.values() for valid, test in table.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "char", "method": "wd"}, "char: method 'wd' is unknown: choose none, semeniuta"),
+        ({"level": "word", "method": "gaussian"}, "word: method 'gaussian' is unknown"),
+        ({"level": "line"}, "level 'line' is unknown: choose char, word, transformer"),
+        ({"method": "batchnorm"}, "method 'batchnorm' is unknown: choose all, none"),
+    ],
+)
+def test_what_the_table_has_not_is_told(tmp_path, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        reproduce.run_experiment(ENTRY, "smoke", tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("level", METHODS)
+@pytest.mark.parametrize("preset", reproduce.PRESETS)
+def test_presets_grow_from_smoke_to_paper(level, preset):
+    settings = RegularizationSettings.preset(preset, level, "none")
+    assert settings.methods == ("none",)
+    sizes = [RegularizationSettings.preset(name, level, "none").model.units for name in reproduce.PRESETS]
+    assert sizes == sorted(sizes)
+    assert settings.download is (preset != "smoke")
+    assert settings.seeds >= (2 if preset == "smoke" else 3)
+
+
+# --- killed -------------------------------------------------------------------------------------------------------------------
+
+DEATHS = ["save 7 torn", "move 10 before", "log 2 torn", "save 28 torn"]
+SCRIPT = f"""
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import coin
+from flipout.experiments import lm, reproduce
+
+torch.set_num_threads(1)
+entry = reproduce.find_entry("regularization")
+folder, text, *cases = sys.argv[1:]
+
+def table(place, resume=False):
+    reproduce.run_experiment(entry, "smoke", place, level="char", method="gaussian-flipout", resume=resume)
+
+def own(place, resume=False):
+    settings = lm.lm_settings(Path(text), units=4, epochs=2)
+    lm.run_lm(replace(settings, training=replace(settings.training, batch=4, window=10, save_steps=4)), place, resume)
+
+for case in cases:
+    for work in (table, own):
+        place = Path(folder, work.__name__ + "-" + case.replace(" ", "-"))
+        what, count, when = case.split()
+        def die():
+            coin.die_at(what, int(count), when)
+            work(place)
+        if coin.in_child(die):
+            assert coin.in_child(lambda: work(place, (place / "config.json").exists())) == 0
+            print("killed", place.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "own.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 12, encoding="utf-8")
+    return path
+
+
+def small(text, **changes):
+    settings = lm_settings(text, units=4, epochs=2)
+    return replace(settings, training=replace(settings.training, batch=4, window=10, save_steps=4, **changes))
+
+
+def rest(folder):
+    found = json.loads((folder / "result.json").read_text())
+    found.pop("seconds")
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_run_killed_anywhere_goes_on_to_the_same_result(tmp_path, text, results):
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), str(text), *DEATHS], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    killed = [name for word, name in re.findall(r"(killed) (\S+)", found.stdout) if word]
+    assert len(killed) >= len(DEATHS) + 2  # the shorter run may be over before the last of them
+    run_lm(small(text), tmp_path / "own")
+    for name in killed:
+        if name.startswith("own"):
+            assert rest(tmp_path / name) == rest(tmp_path / "own")
+        else:
+            row = rest(tmp_path / name)["rows"]["gaussian-flipout"]
+            assert row == results["char"][0]["rows"]["gaussian-flipout"]
+        assert not list((tmp_path / name).rglob(f"*{files.UNFINISHED}"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, text, monkeypatch):
+    run_lm(small(text), tmp_path / "whole")
+    real, calls = files.write_all, 0
+
+    def write(descriptor, content):
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_all", write)
+        with pytest.raises(SaveError, match=r"No space left on device\); the version saved before is kept"):
+            run_lm(small(text), tmp_path / "full")
+    run_lm(small(text), tmp_path / "full", resume=True)
+    assert rest(tmp_path / "full") == rest(tmp_path / "whole")
+
+
+def test_an_exploding_loss_is_told_and_what_was_saved_is_kept(tmp_path, text):
+    with pytest.raises(ArgumentError, match=r"the loss exploded: at step \d+ it is .* its gradient has norm"):
+        run_lm(small(text, optimiser="sgd", learning_rate=1e30, clip=1e30), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for path in folder.glob("*.pt"):
+        assert all(weight.isfinite().all() for weight in torch.load(path, weights_only=True)["state"]["module"].values())
+
+
+# --- flipout lm ---------------------------------------------------------------------------------------------------------------
+
+
+def test_lm_trains_evaluates_and_writes(tmp_path, text):
+    other = tmp_path / "other.txt"
+    other.write_text("The lazy dog ate Ωμέγα.\n", encoding="utf-8")
+    arguments = ("lm", "--text", str(text), "--out", str(tmp_path / "run"), "--units", "4", "--epochs", "1")
+    short = run(*arguments)
+    assert "486 tokens do not fill 32 streams with a window of 50" in str(short.exception)
+    text = tmp_path / "longer.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
+    arguments = ("lm", "--text", str(text), "--out", str(tmp_path / "again"), "--units", "4", "--epochs", "1")
+    found = run(*arguments, "--prompt", "The ", "--sample", "30", "--evaluate", str(other))
+    assert found.exit_code == 0, found.output
+    for part in ("gaussian-flipout, char by char", "bits per character: ", "by the mean weights", "unknown 5", "\nThe "):
+        assert part in found.output
+    result = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert result["epochs"] == 1
+    assert result["valid"] > 0
+    again = run(*arguments, "--resume", "--prompt", "The ", "--sample", "30")
+    assert found.output.split("\nThe ")[1][:30] == again.output.split("\nThe ")[1][:30]
+
+
+def test_lm_by_words(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 100, encoding="utf-8")
+    model = run_lm(lm_settings(path, "word", units=4, epochs=1), tmp_path / "run")
+    assert model.result["unit"] == "perplexity"
+    assert set(model.vocabulary) == {"<unk>", "\n", *["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]}
+    drawn = model.sample(12, "the lazy", temperature=0.5)
+    assert drawn.startswith("the lazy ")
+    assert "<unk>" not in drawn
+    assert model.sample(12) == model.sample(12) != model.sample(12, seed=1)
+    unseen = tmp_path / "unseen.txt"
+    unseen.write_text("the slow fox\n", encoding="utf-8")
+    assert model.evaluate(unseen)["unknown"] == 1
+
+
+def test_lm_refuses_what_it_cannot_use(tmp_path, text):
+    with pytest.raises(ArgumentError, match="cannot be read"):
+        lm_settings(tmp_path / "none.txt")
+    with pytest.raises(ArgumentError, match="char: method 'wd' is unknown"):
+        lm_settings(text, method="wd")
+    with pytest.raises(ArgumentError, match="level 'line' is unknown"):
+        lm_settings(text, level="line")
+    with pytest.raises(ArgumentError, match="0 units"):
+        lm_settings(text, units=0)
+    run_lm(small(text), tmp_path / "run")
+    changed = tmp_path / "own.txt"
+    changed.write_text(text.read_text() + "more")
+    with pytest.raises(ArgumentError, match="another configuration"):
+        run_lm(replace(small(changed), text=text.resolve()), tmp_path / "run", resume=True)
+
+
+def test_an_interrupt_of_lm_tells_how_to_go_on(tmp_path, text, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flipout.experiments.lm.run_lm", interrupted)
+    found = run("lm", "--text", str(text), "--out", str(tmp_path / "run"))
+    assert found.exit_code == 130
+    assert "the same command with --resume" in found.output
+
+
+def test_units_of_the_tables():
+    assert regularization.unit("char") == regularization.unit("transformer") == "bits per character"
