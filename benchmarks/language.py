@@ -19,10 +19,10 @@ SETTINGS = [(256, 50, 32), (1000, 100, 32)]
 CONTESTANTS = {"plain nn.LSTM": "none", "shared Gaussian": "gaussian", "flipout": "gaussian-flipout"}
 BOUND = 2.3
 
-TEXT = """One training step: forward, cross-entropy, backward, clipping and AMSGrad, float32, one-hot inputs of 50 symbols, multiplicative
-Gaussian noise on the hidden-to-hidden matrix, drawn anew for each step and held over its time steps. The recurrent product is all but
-the whole cost of this model, and flipout has two of it in the forward pass and four in place of two in the backward pass: the limit is
-about 2."""
+TEXT = """One training step: forward, cross-entropy, backward, clipping and AMSGrad, float32, one-hot inputs of 50 symbols,
+multiplicative Gaussian noise on the hidden-to-hidden matrix, drawn anew for each step and held over its time steps. The recurrent
+product is nearly the whole cost of this model, and under flipout there are two in the forward pass and four in place of two in the
+backward pass: the limit is about 2."""
 
 
 def step(name: str, units: int, steps: int, batch: int) -> Callable[[], None]:

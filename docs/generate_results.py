@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flipout.experiments.console import interval
+from flipout.experiments.language.figures import draw_histories
+from flipout.experiments.regularization import METHODS, PAPER, estimates, gains, precise
 from flipout.experiments.variance import from_json
 from flipout.files import read_json
 from flipout.variance import VarianceCurve
@@ -153,10 +155,62 @@ def section(folder: Path) -> tuple[str, str]:
     return name, f"{RENDER[experiment](result)}\n\n{picture}\n\n{about(result, environment)}"
 
 
+def regularization(folders: list[Path]) -> tuple[str, str]:
+    """The section of a level, from runs of one method each or of all: they must agree in everything else."""
+    results = [read_json(folder / "result.json") for folder in folders]
+    environments = [read_json(folder / "environment.json") for folder in folders]
+    settings = [{**result["settings"], "methods": None} for result in results]
+    level = settings[0]["level"]
+    if any(each != settings[0] for each in settings):
+        sys.exit(f"{', '.join(map(str, folders))}: runs of {level} with other settings cannot stand in one table")
+    rows = {name: row for result in results for name, row in result["rows"].items()}
+    merged = {**results[0], "rows": {name: rows[name] for name in METHODS[level] if name in rows}}
+    valid, test, best = (estimates(merged, split) for split in ("valid", "test", "best_epoch"))
+    lines = []
+    for name, row in merged["rows"].items():
+        published = [f"{value:g}" for value in PAPER[level].get(name, ())] or ["", ""]
+        sampled = "" if row["sampled"][0] is None else f"{sum(row['sampled']) / len(row['sampled']):.4g}"
+        watched = f"{sum(min(each) for each in row['watched']) / len(row['watched']):.4g}"
+        lines.append([name, *published, precise(valid[name]), precise(test[name]), f"{best[name].value:.0f}", watched, sampled])
+    header = ["method", "paper, valid", "paper, test", "valid", "test", "best epoch", "watched", "watched, samples"]
+    parts = [grid(header, lines)]
+    parts += [f"{better} is lower than {worse} by {precise(gain)}." for (worse, better), gain in gains(merged).items()]
+    for name, found in ((name, found) for result in results for name, found in result["variance"].items()):
+        shared, flipped, over = (interval(from_json(found[key])) for key in ("shared", "flipout", "shared / flipout"))
+        parts.append(
+            f"Variance of the gradient at {name}'s weights, N = {found['batch_size']}, {found['draws']} draws each: "
+            f"shared {shared}, flipout {flipped}, ratio {over}."
+        )
+    figure = f"regularization-{level}.png"
+    drawn = draw_histories({name: row["watched"] for name, row in merged["rows"].items()}, merged["unit"])
+    drawn.savefig(ROOT / "docs" / "figures" / figure)
+    parts.append(f"![validation against epochs, a line a training, {level}](figures/{figure})")
+    seconds = [f"{'+'.join(result['rows'])} {sum(result['seconds'].values()) / 60:.1f} min" for result in results]
+    threads = {environment["threads"] for environment in environments}
+    parts.append(
+        f"*{merged['data']}; the first {merged['trained_on']:,} tokens to train on; {merged['parameters']:,} parameters; preset "
+        f"{merged['preset']}, {settings[0]['seeds']} seeds from {settings[0]['seed']}; wall time {', '.join(seconds)}; "
+        f"{environments[0]['processors']} processors, {'/'.join(map(str, sorted(threads)))} threads a run, torch "
+        f"{environments[0]['torch']}; begun {min(environment['started'] for environment in environments)}*"
+    )
+    return f"regularization-{level}", "\n\n".join(parts)
+
+
+def sections(folders: list[Path]) -> list[tuple[str, str]]:
+    """Names and texts; runs of one level of the regularisation tables make one section."""
+    found, levels = [], {}
+    for folder in folders:
+        result = read_json(folder / "result.json")
+        if result["experiment"] == "regularization":
+            levels.setdefault(result["settings"]["level"], []).append(folder)
+        else:
+            found.append(section(folder))
+    return found + [regularization(each) for each in levels.values()]
+
+
 def main(folders: list[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for folder in folders:
-        name, body = section(Path(folder))
+    for name, body in sections([Path(folder) for folder in folders]):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text, count = re.subn(f"{begin}.*?{end}", lambda _, b=begin, t=body, e=end: f"{b}\n{t}\n{e}", text, flags=re.DOTALL)
         if count != 1:

@@ -17,6 +17,11 @@ EXAMPLES = {
     "huggingface_trainer": (("--steps", "3", "--width", "16"), "loads in plain transformers", ("transformers", "accelerate")),
     "lightning_module": (("--steps", "5"), "accuracy of the mean weights", ("lightning", "mlxtend")),
     "mnist_uncertainty": (("--steps", "20", "--samples", "4"), "told apart by entropy", ("mlxtend", "torchmetrics")),
+    "regularized_gru": (
+        ("--epochs", "1", "--characters", "2000", "--units", "8"),
+        "weight drop, a mask a sequence",
+        (),
+    ),
     "lstm_weight_drop": (("--steps", "3", "--units", "16"), "a mask a sequence", ()),
 }
 

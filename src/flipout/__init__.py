@@ -1,6 +1,6 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
-from flipout import bayes, variance
+from flipout import bayes, regularize, variance
 from flipout.draw import Draw
 from flipout.errors import (
     ArgumentError,
@@ -46,6 +46,7 @@ __all__ = [
     "UnsupportedNoiseError",
     "bayes",
     "perturbed",
+    "regularize",
     "rule",
     "variance",
 ]

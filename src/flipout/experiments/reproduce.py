@@ -168,6 +168,7 @@ ENTRIES = (
             Option("method", ("all", *_METHODS), "One method of the level's table, or all of them."),
         ),
     ),
+    Entry(
         "large-batch", "iterations and seconds to a training loss at batches of 8192, under each estimator", "Figures 2a, 4 and 7",
         "flipout.experiments.large_batch", (
             Option("net", ("fc", "convle", "lstm"), "The paper's network."),

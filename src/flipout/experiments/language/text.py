@@ -35,10 +35,10 @@ def limit_vocabulary(text: Text, size: int | None) -> Text:
     """The text with its ``size`` - 1 most frequent training tokens, and ``<unk>`` for every other in all splits.
 
     Example:
-        >>> words = Text("t", "", "word", ("a", "b", "c"), {"train": torch.tensor([0, 0, 1, 1, 0, 2])})
+        >>> words = Text("t", "", "word", ("a", "b", "c", "d"), {"train": torch.tensor([0, 3, 0, 1, 1, 0, 2])})
         >>> small = limit_vocabulary(words, 3)
         >>> small.vocabulary, small.train.tolist()
-        (('<unk>', 'a', 'b'), [1, 1, 2, 2, 1, 0])
+        (('<unk>', 'a', 'b'), [1, 0, 1, 2, 2, 1, 0])
     """
     if size is None or size >= len(text.vocabulary):
         return text
