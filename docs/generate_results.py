@@ -15,7 +15,8 @@ from typing import Any
 
 from flipout.experiments.console import interval
 from flipout.experiments.language.figures import draw_histories
-from flipout.experiments.regularization import METHODS, PAPER, estimates, gains, precise
+from flipout.experiments.language.settings import METHODS, PAPER
+from flipout.experiments.language.tables import estimates, gains, precise
 from flipout.experiments.variance import from_json
 from flipout.files import read_json
 from flipout.variance import VarianceCurve

@@ -5,9 +5,9 @@ import torch
 
 import flipout
 from flipout.experiments.language.models import build_model
+from flipout.experiments.language.settings import METHODS, PAPER, RegularizationSettings
 from flipout.experiments.language.training import _Run
 from flipout.experiments.networks import count_parameters
-from flipout.experiments.regularization import METHODS, PAPER, RegularizationSettings
 from flipout.regularize import CHAR, WORD, Dropout, EmbeddingDropout, Regularized, Zoneout
 
 

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from flipout import files
 from flipout.errors import ArgumentError, SaveError
-from flipout.experiments import regularization, reproduce
+from flipout.experiments import reproduce
 from flipout.experiments.commands import app
+from flipout.experiments.language.settings import METHODS, PAPER, RegularizationSettings, unit
+from flipout.experiments.language.tables import claims, estimates, gains
 from flipout.experiments.lm import lm_settings, run_lm
-from flipout.experiments.regularization import METHODS, PAPER, RegularizationSettings, estimates, gains
 from flipout.experiments.variance import from_json
 
 HERE = Path(__file__).parent
@@ -60,6 +61,19 @@ def test_the_variance_is_measured_where_flipout_is_trained(results, level, name)
     for key in ("shared", "flipout", "shared / flipout"):
         estimate = from_json(found[key])
         assert 0 < estimate.low < estimate.value < estimate.high
+
+
+@pytest.mark.parametrize("level", METHODS)
+def test_claims_of_the_paper_stand_beside_what_was_seen(results, level):
+    result = results[level][0]
+    found = claims(result)
+    assert len(found) == len(gains(result)) + len(result["variance"])
+    if level == "char":
+        by_name = {claim.what: claim for claim in found}
+        claim = by_name["none − gaussian-flipout, bits per character on validation"]
+        assert claim.paper == 0.212  # 1.468 - 1.256
+        assert claim.holds in (True, False, None)
+    assert all("reproduced" in claim.verdict or claim.verdict == "cannot tell" for claim in found)
 
 
 def test_methods_that_differ_in_the_sharing_alone_meet_the_same_data_and_weights(results):
@@ -277,4 +291,4 @@ def test_an_interrupt_of_lm_tells_how_to_go_on(tmp_path, text, monkeypatch):
 
 
 def test_units_of_the_tables():
-    assert regularization.unit("char") == regularization.unit("transformer") == "bits per character"
+    assert unit("char") == unit("transformer") == "bits per character"

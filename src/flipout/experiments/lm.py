@@ -14,9 +14,9 @@ from flipout.errors import ArgumentError
 from flipout.experiments.environment import find_device
 from flipout.experiments.language.evaluation import bits, draw_text, evaluate, perplexity
 from flipout.experiments.language.models import ModelSettings, build_model
+from flipout.experiments.language.settings import METHODS, unit
 from flipout.experiments.language.text import UNKNOWN, encode, own_text, read_text, split_tokens
 from flipout.experiments.language.training import TrainingSettings, train_language_model
-from flipout.experiments.regularization import METHODS, unit
 from flipout.experiments.reproduce import choose
 from flipout.experiments.run import Progress, Run, silent
 from flipout.gradients import stream
@@ -35,7 +35,7 @@ class LmSettings:
     Attributes:
         text: the file.
         sha256: of its content, so that a run does not go on with another text.
-        level, method: as in :data:`flipout.experiments.regularization.METHODS`.
+        level, method: as in :data:`flipout.experiments.language.settings.METHODS`.
         model, training: what is trained, and how.
     """
 
