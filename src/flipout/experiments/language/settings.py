@@ -116,8 +116,8 @@ _PRESETS: Mapping[str, Mapping[str, RegularizationSettings]] = {
             _TRANSFORMER, model=ModelSettings("transformer", 8, 1, 2), training=replace(_AMSGRAD, **_FEW), **_SMOKE
         ),
         "laptop": replace(
-            _TRANSFORMER, model=ModelSettings("transformer", 128, 2, 4), training=replace(_SMALL_CHAR, learning_rate=0.001),
-            train_tokens=200_000, **_LAPTOP,
+            _TRANSFORMER, model=ModelSettings("transformer", 96, 2, 4), train_tokens=60_000, **_LAPTOP,
+            training=replace(_SMALL_CHAR, epochs=20, learning_rate=0.002, watched=20_000),
         ),
         "paper": _TRANSFORMER,
     },
