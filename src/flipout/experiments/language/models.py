@@ -80,8 +80,9 @@ class Transformer(nn.Module):
             vocab_size=vocabulary, n_positions=context, n_embd=units, n_layer=layers, n_head=heads,
             attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        seed = int(torch.randint(2**31, (), generator=generator))
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # transformers draws from the global generators
+            torch.manual_seed(seed)
             self.gpt: Any = GPT2LMHeadModel(config)
 
     def initial_state(self, rows: int) -> tuple[Tensor, ...]:
