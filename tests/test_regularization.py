@@ -1,6 +1,7 @@
 """Tables 2 and 3 and ``flipout lm`` at their smallest: every method, the tables printed, kills, full disks, wrong input."""
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -74,6 +75,28 @@ def test_claims_of_the_paper_stand_beside_what_was_seen(results, level):
         assert claim.paper == 0.212  # 1.468 - 1.256
         assert claim.holds in (True, False, None)
     assert all("reproduced" in claim.verdict or claim.verdict == "cannot tell" for claim in found)
+
+
+def test_runs_of_one_method_each_make_one_table_of_the_page_of_results(results, tmp_path, monkeypatch):
+    specification = importlib.util.spec_from_file_location("generate_results", HERE.parent / "docs" / "generate_results.py")
+    page = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(page)
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    (tmp_path / "page.md").write_text("<!-- regularization-char: begin -->\nold\n<!-- regularization-char: end -->\n")
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    folders = [tmp_path / name for name in ("none", "gaussian-flipout")]
+    for folder in folders:
+        reproduce.run_experiment(ENTRY, "smoke", folder, level="char", method=folder.name)
+    page.main([str(folder) for folder in folders])
+    text = (tmp_path / "page.md").read_text()
+    assert re.search(r"\| none \| 1\.468 \| 1\.423 \| .*\n\| gaussian-flipout \| 1\.256 \| 1\.227 \|", text)
+    assert "gaussian-flipout is lower than none by" in text
+    assert "Variance of the gradient at gaussian-flipout's weights, N = 4" in text
+    assert (tmp_path / "docs" / "figures" / "regularization-char.png").exists()
+    reproduce.run_experiment(ENTRY, "smoke", tmp_path / "other", level="char", method="gal", seed=5)
+    with pytest.raises(SystemExit, match="with other settings"):
+        page.main([str(folders[0]), str(tmp_path / "other")])
 
 
 def test_methods_that_differ_in_the_sharing_alone_meet_the_same_data_and_weights(results):
