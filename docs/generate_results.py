@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flipout.experiments.components import limit
 from flipout.experiments.console import interval
 from flipout.experiments.language.figures import draw_histories
 from flipout.experiments.language.settings import METHODS, PAPER
@@ -77,8 +78,7 @@ def components(result: dict[str, Any]) -> str:
         over = [f"{alpha / beta:.3g}" if beta.low > 0 else "", f"{beta / gamma:.3g}" if gamma.low > 0 else "γ not seen"]
         rows.append([panel, interval(alpha), interval(beta), interval(gamma), *over, f"{sum(points)} of {len(points)}"])
     header = ["layer", "α", "β", "γ", "α / β", "β / γ", "predicted within the interval"]
-    limits = {name: from_json(result["suggestion"][name]) for name in ("shared", "flipout")}
-    worth = " and ".join(f"{estimate.value:,.0f} under {name}" for name, estimate in limits.items())
+    worth = " and ".join(f"{limit(result, name)} under {name}" for name in ("shared", "flipout"))
     settings, percent = result["settings"], round(100 * result["curve"]["confidence"])
     text = (
         f"{settings['bases']} base perturbations under each of two estimators, batches of {settings['batch_size']}. Predicted "

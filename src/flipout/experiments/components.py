@@ -21,7 +21,7 @@ from flipout.experiments.variance import Count, CurveSettings, VarianceSettings,
 from flipout.moments import t_quantile
 from flipout.variance import VarianceComponents, VarianceCurve, suggest_batch_size, variance_components
 
-__all__ = ["EXPERIMENT", "ComponentsSettings"]
+__all__ = ["EXPERIMENT", "ComponentsSettings", "limit"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
         relation = f"{alpha / beta:.3g}" if beta > 0 else "", f"{beta / gamma:.3g}" if gamma > 0 else ""
         table.add_row(panel, interval(alpha), interval(beta), interval(gamma), *relation)
     console.print(table)
-    limits = {name: from_json(result["suggestion"][name]) for name in ("shared", "flipout")}
-    told = ", ".join(f"{name} {estimate.value:,.0f}" for name, estimate in limits.items())
+    told = ", ".join(f"{name} {limit(result, name)}" for name in ("shared", "flipout"))
     console.print(f"a batch is worth half of its examples at N = {told}", highlight=False)
     points = result["points"]
     console.print(
@@ -130,6 +129,12 @@ def _show(result: dict[str, Any], console: Console) -> None:
         f"({100 * result['within']:.0f} %)",
         highlight=False,
     )
+
+
+def limit(result: Mapping[str, Any], estimator: str) -> str:
+    """The batch size at which a batch is worth half of its examples, as text."""
+    found = result["suggestion"][estimator]["value"]
+    return "no limit seen" if found is None else f"{found:,.0f}"
 
 
 def _claims(result: dict[str, Any]) -> list[Claim]:
