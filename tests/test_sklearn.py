@@ -14,7 +14,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import flipout
 from flipout.sklearn import BayesianClassifier, BayesianRegressor
 
-QUICK = {"hidden": (16,), "steps": 60, "samples": 8, "learning_rate": 0.05, "random_state": 0}
+QUICK = {"hidden": (8,), "steps": 40, "samples": 4, "learning_rate": 0.1, "random_state": 0}
 
 
 @pytest.mark.parametrize("kind", [BayesianClassifier, BayesianRegressor])
