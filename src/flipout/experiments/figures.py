@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from flipout.variance.plots import STYLES, errorbar
 
@@ -149,12 +149,13 @@ def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targe
         for row, race in zip(grid, races, strict=True):
             for name, runs in race["runs"].items():
                 style = STYLES[name]
+                pace = float(np.exp(np.mean([np.log(run["seconds_a_step"]) for run in runs])))  # one clock for all seeds
                 for i, run in enumerate(runs):
                     line: Any = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.4, "alpha": 0.8}
                     label = name.replace("_", " ") if i == 0 else None
                     steps, losses = np.array(run["curve"], dtype=float).reshape(-1, 2).T
                     row[0].plot(steps, losses, label=label, **line)
-                    row[1].plot(steps * run["seconds_a_step"], losses, **line)
+                    row[1].plot(steps * pace, losses, **line)
                     row[2].plot(*np.array(run["tests"], dtype=float).T, **line)
             for axes in row[:2]:
                 for target in targets:
@@ -162,6 +163,9 @@ def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targe
                 axes.set_ylabel("training NLL under noise (nats)")
             for axes in row:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
                 axes.set_xlim(left=0)
                 axes.grid(color="0.94", linewidth=0.8)
                 axes.set_axisbelow(True)
@@ -169,7 +173,7 @@ def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targe
             row[1].set_title("loss over seconds")
             row[2].set_title(f"{measure} of the mean weights")
             row[0].set_xlabel("iterations")
-            row[1].set_xlabel("seconds (iterations × median step)")
+            row[1].set_xlabel("seconds (iterations × the mean pace)")
             row[2].set_xlabel("iterations")
             row[2].set_ylabel(measure)
             row[0].legend(frameon=False, fontsize=9)
