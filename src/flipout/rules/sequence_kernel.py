@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flipout.modes import composed, transformed
 from flipout.rules import sequence_loops as loops
+from flipout.rules.onednn import favours_rows, product
 from flipout.rules.sequence import Cell, Steps, unroll
 from flipout.rules.sequence_loops import Hidden, SignedMatrix, numbers
 
@@ -66,7 +67,7 @@ def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, hidden = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
 
-    def product(x: Tensor, matrix: SignedMatrix, of_rows: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
+    def signed(x: Tensor, matrix: SignedMatrix, of_rows: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         y = x @ matrix.mean.t()
         if matrix.base is not None and matrix.s is not None and matrix.r is not None:
             out, width = matrix.mean.shape
@@ -75,8 +76,8 @@ def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
         return y if bias is None else y + (bias if bias.dim() == 1 else of_rows(bias))
 
     index = steps.index(x.device)
-    gates = product(x, input, lambda rows: rows.index_select(0, index), bias_x)
-    return unroll(cell, steps, gates, h0, c0, lambda h: product(h, hidden, lambda rows: rows[: len(h)], bias_h))
+    gates = signed(x, input, lambda rows: rows.index_select(0, index), bias_x)
+    return unroll(cell, steps, gates, h0, c0, lambda h: signed(h, hidden, lambda rows: rows[: len(h)], bias_h))
 
 
 class _Rows:
@@ -96,6 +97,13 @@ class _Rows:
         view, spread = self.pair(buffer, values)
         view.mul_(spread)
         return buffer
+
+    def scale_columns_(self, buffer: Tensor, values: Tensor) -> None:
+        """:meth:`scale_` of a transposed buffer ``[n, total]``."""
+        if self.index is None:
+            buffer.view(len(buffer), len(self.steps.sizes), self.steps.rows).mul_(values.t().contiguous().unsqueeze(1))
+        else:
+            buffer.mul_(values.index_select(0, self.index).t())
 
     def scaled(self, buffer: Tensor, values: Tensor) -> Tensor:
         view, spread = self.pair(buffer, values)
@@ -139,9 +147,9 @@ def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
 def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix) -> Tensor:
     mean, base, s, r = matrix
     if base is None or s is None or r is None:
-        gates = torch.mm(x, mean.t())
+        gates = product(x, mean)
         return gates if bias is None else rows.add_(gates, bias)
-    gates = torch.mm(rows.scaled(x, numbers(s, x.shape[1], x.dtype)), base.t())
+    gates = product(rows.scaled(x, numbers(s, x.shape[1], x.dtype)), base)
     rows.scale_(gates, numbers(r, len(mean), x.dtype))
     if bias is not None:
         rows.add_(gates, bias)
@@ -182,6 +190,62 @@ def _differentiable(cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: A
     return [next(found) if need else None for need in needs]
 
 
+class _Slopes:
+    """The gradients D ``[total, out]`` of what a matrix contributes to the gates, and the products that its operands' gradients are.
+
+    A copy laid out by gates is kept where weight gradients Dᵀ X come faster from it.
+    """
+
+    def __init__(self, rows: _Rows, buffer: Tensor) -> None:
+        self.rows, self.buffer = rows, buffer
+        self.turned = buffer.t().contiguous() if favours_rows(buffer) else None
+        self._signs: Tensor | None = None  # of the copy
+
+    def replace_(self, start: int, values: Tensor) -> None:
+        """Puts other gradients in the place of the gates from ``start`` on."""
+        self.buffer[:, start:] = values
+        if self.turned is not None:
+            self._turn(None)
+            self.turned[start:] = values.t()
+
+    def _turn(self, signs: Tensor | None) -> Tensor:
+        """The copy under other signs: signs undo themselves."""
+        assert self.turned is not None
+        change = [values for values in (self._signs, signs) if values is not None]
+        if change and self._signs is not signs:
+            self.rows.scale_columns_(self.turned, change[0] if len(change) == 1 else change[0] * change[1])
+        self._signs = signs
+        return self.turned
+
+    def weight(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+        """(R ∘ D)ᵀ X."""
+        if self.turned is not None:
+            return product(self._turn(signs), x.t())
+        if signs is None:
+            return torch.mm(self.buffer.t(), x)
+        found = torch.mm(self.rows.scale_(self.buffer, signs).t(), x)
+        self.rows.scale_(self.buffer, signs)
+        return found
+
+    def matrix(self, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
+        """The gradients of the mean, Dᵀ X, and of ΔW, (R ∘ D)ᵀ (S ∘ X): products over all steps at once."""
+        found: list[Tensor | None] = [self.weight(x) if needs[0] else None, None]
+        if needs[1] and matrix.s is not None and matrix.r is not None:
+            out, width = matrix.mean.shape
+            s, r = numbers(matrix.s, width, x.dtype), numbers(matrix.r, out, x.dtype)
+            found[1] = self.weight(self.rows.scaled(x, s), r)
+        return found
+
+    def input(self, matrix: SignedMatrix) -> Tensor:
+        """The gradient of the inputs, D W̄ + S ∘ ((R ∘ D) ΔW). D is used up."""
+        mean, base, s, r = matrix
+        gx = product(self.buffer, mean.t())
+        if base is not None and s is not None and r is not None:
+            self.rows.scale_(self.buffer, numbers(r, len(mean), gx.dtype))
+            self.rows.add_scaled_(gx, product(self.buffer, base.t()), numbers(s, mean.shape[1], gx.dtype))
+        return gx
+
+
 def _backward(
     cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor
 ) -> list[Tensor | None]:
@@ -194,45 +258,20 @@ def _backward(
     hidden, rows = Hidden(recurrent, steps, forward=False), _Rows(steps, x.device)
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
-        d_hidden, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
+        d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
     elif dc is not None:
-        d_hidden, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, hidden), None
+        d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, hidden), None
     else:
-        d_hidden, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
+        d, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
     found[1], found[2] = dh, dc
     if needs[4]:
-        found[4] = rows.sum(d_hidden, bias_h)
-    found[9:11] = _weight_gradients(rows, d_hidden, steps.previous(output, h0), recurrent, needs[9:11])
+        found[4] = rows.sum(d, bias_h)
+    slopes = _Slopes(rows, d)
+    found[9:11] = slopes.matrix(steps.previous(output, h0), recurrent, needs[9:11])
     if d_candidate is not None:  # the input part of a GRU's candidate is not behind its reset gate
-        d_hidden[:, 2 * h0.shape[1] :] = d_candidate
+        slopes.replace_(2 * h0.shape[1], d_candidate)
     if needs[3]:
-        found[3] = rows.sum(d_hidden, bias_x)
-    found[0], found[5], found[6] = _input_gradients(rows, d_hidden, x, input, (needs[0], *needs[5:7]))
+        found[3] = rows.sum(d, bias_x)
+    found[5:7] = slopes.matrix(x, input, needs[5:7])
+    found[0] = slopes.input(input) if needs[0] else None
     return found
-
-
-def _weight_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
-    """Dᵀ X for the mean and (R ∘ D)ᵀ (S ∘ X) for ΔW: products over all steps at once. Leaves D as it was, and X not."""
-    found: list[Tensor | None] = [torch.mm(d.t(), x) if needs[0] else None, None]
-    if needs[1] and matrix.s is not None and matrix.r is not None:
-        out, width = matrix.mean.shape
-        s, r = numbers(matrix.s, width, d.dtype), numbers(matrix.r, out, d.dtype)
-        found[1] = torch.mm(rows.scale_(d, r).t(), rows.scale_(x, s))
-        rows.scale_(d, r)  # signs undo themselves
-    return found
-
-
-def _input_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> tuple[Tensor | None, ...]:
-    """D W̄ + S ∘ ((R ∘ D) ΔW) for the inputs, and what :func:`_weight_gradients` gives for the matrix. D is used up."""
-    mean, base, s, r = matrix
-    gx = torch.mm(d, mean) if needs[0] else None
-    gw = torch.mm(d.t(), x) if needs[1] else None
-    gd = None
-    if base is not None and s is not None and r is not None and (needs[0] or needs[2]):
-        s = numbers(s, mean.shape[1], d.dtype)
-        rows.scale_(d, numbers(r, len(mean), d.dtype))
-        if needs[2]:
-            gd = torch.mm(d.t(), rows.scaled(x, s))
-        if gx is not None:
-            rows.add_scaled_(gx, torch.mm(d, base), s)
-    return gx, gw, gd

@@ -5,12 +5,12 @@ Each takes what the inputs contribute to the gates of all steps and leaves only 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flipout.rules.onednn import laid_out
 from flipout.rules.sequence import Cell, Steps
 from flipout.signs import unpack
 
@@ -29,11 +29,6 @@ __all__ = [
 _sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope = torch.ops.aten.tanh_backward.grad_input
 _relu_slope = torch.ops.aten.threshold_backward.grad_input
-
-#: oneDNN's product with a weight in its own layout, where torch is built with it.
-_lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_LARGE = 2**19
 
 
 class SignedMatrix(NamedTuple):
@@ -56,39 +51,20 @@ def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs.to(dtype)
 
 
-def _laid_out(weight: Tensor | None, steps: Steps, least: int) -> Callable[[Tensor], Tensor] | None:
-    """h ↦ h Wᵀ with W brought once into the layout that the product computes in; None where that is not to be had, or no faster.
-
-    A product of a few rows with a large matrix spends much of its time on that layout. A plain layer on a CPU avoids it likewise.
-    """
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    if weight.numel() < _LARGE or len(steps.sizes) < least:
-        return None
-    if _lay_out is None or _product is None or not steps.rows or not torch.backends.mkldnn.enabled:
-        return None
-    packed = _lay_out(weight.detach(), steps.rows)
-    product: Callable[..., Tensor] = _product
-    return lambda h: product(h, packed, None, "none", [], "")
-
-
 class Hidden:
     """The recurrent pair of products at one step, in buffers that all steps share."""
 
     def __init__(self, matrix: SignedMatrix, steps: Steps, forward: bool) -> None:
-        mean, self.base, s, r = matrix
-        out, width = mean.shape
-        rows = steps.rows
-        self.mean, self.mean_t = mean, mean.t()
-        if forward:
-            self.of_mean, self.of_base = (_laid_out(weight, steps, 8) for weight in (mean, self.base))
-        else:  # a transpose takes longer to lay out
-            transposed = self.mean_t, None if self.base is None else self.base.t()
-            self.of_mean, self.of_base = (_laid_out(weight, steps, 24) for weight in transposed)
-        if self.base is not None and s is not None and r is not None:
+        self.mean, self.base = matrix.mean, matrix.base
+        out, width = self.mean.shape
+        rows, times = steps.rows, len(steps.sizes)
+        self.mean_t = self.mean.t()
+        self.of_mean = laid_out(self.mean if forward else self.mean_t, rows, times)
+        if self.base is not None and matrix.s is not None and matrix.r is not None:
             self.base_t = self.base.t()
-            self.s, self.r = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
-            self._buffers = mean.new_empty(rows, width), mean.new_empty(rows, out)
+            self.of_base = laid_out(self.base if forward else self.base_t, rows, times)
+            self.s, self.r = numbers(matrix.s, width, self.mean.dtype), numbers(matrix.r, out, self.mean.dtype)
+            self._buffers = self.mean.new_empty(rows, width), self.mean.new_empty(rows, out)
         self._size = -1
 
     def _signs(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,29 +76,28 @@ class Hidden:
 
     def add_(self, gates: Tensor, h: Tensor) -> None:
         """gates += W̄ h + r ∘ (ΔW (s ∘ h))."""
-        if self.of_mean is None:
-            gates.addmm_(h, self.mean_t)
-        else:
-            gates.add_(self.of_mean(h))
+        y = gates.addmm_(h, self.mean_t) if self.of_mean is None else self.of_mean(h, gates)
         if self.base is not None:
             s, r, signed, z = self._signs(len(h))
             torch.mul(h, s, out=signed)
             z = torch.mm(signed, self.base_t, out=z) if self.of_base is None else self.of_base(signed)
-            gates.addcmul_(z, r)
+            torch.addcmul(y, z, r, out=gates)
+        elif y is not gates:
+            gates.copy_(y)
 
-    def back_(self, dh: Tensor, gates: Tensor, keep: bool = False) -> None:
-        """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), added to dh if it is to keep its own."""
-        if self.of_mean is None:
-            dh.addmm_(gates, self.mean, beta=int(keep))
-        elif keep:
-            dh.add_(self.of_mean(gates))
+    def back_(self, dh: Tensor, gates: Tensor, keep: Tensor | None = None) -> None:
+        """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), and ``keep`` besides, which may be dh itself."""
+        if self.of_mean is not None:
+            y = self.of_mean(gates) if keep is None else self.of_mean(gates, keep)
         else:
-            dh.copy_(self.of_mean(gates))
+            y = torch.mm(gates, self.mean, out=dh) if keep is None else torch.addmm(keep, gates, self.mean, out=dh)
         if self.base is not None:
-            s, r, y, signed = self._signs(len(dh))
+            s, r, z, signed = self._signs(len(dh))
             torch.mul(gates, r, out=signed)
-            y = torch.mm(signed, self.base, out=y) if self.of_base is None else self.of_base(signed)
-            dh.addcmul_(y, s)
+            z = torch.mm(signed, self.base, out=z) if self.of_base is None else self.of_base(signed)
+            torch.addcmul(y, z, s, out=dh)
+        elif y is not dh:
+            dh.copy_(y)
 
 
 def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
@@ -240,5 +215,5 @@ def gru_backward(
         of_all[t].mul_(now.unsqueeze(1))
         of_input[t].mul_(now)
         now.mul_(kept[t])
-        hidden.back_(now, d_t, keep=True)
+        hidden.back_(now, d_t, now)
     return d, inner
