@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["laid_out", "product"]
+__all__ = ["favours_rows", "product", "stepwise"]
 
 _lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -30,25 +30,27 @@ def favours_rows(d: Tensor) -> bool:
     return d.dtype == torch.float32 and _serves(d)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, for one product. ``weight`` may be a transposed view, and nothing is differentiated."""
+def product(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:
+    """x Wᵀ, and y besides. ``weight`` may be a transposed view, and nothing is differentiated."""
     if not _serves(weight) or not len(x):
-        return torch.mm(x, weight.t())
-    y: Tensor = _linear(x, weight.detach(), None, "none", [], "")
-    return y
+        return torch.mm(x, weight.t()) if y is None else torch.addmm(y, x, weight.t())
+    return _linear_of(x, weight.detach(), y)
 
 
-def laid_out(weight: Tensor, rows: int, times: int) -> Callable[..., Tensor] | None:
-    """x ↦ x Wᵀ, or (x, y) ↦ y + x Wᵀ, with W brought once into the layout that the product computes in, for ``times`` products.
+def stepwise(weight: Tensor, rows: int, times: int) -> Callable[..., Tensor] | None:
+    """x ↦ x Wᵀ, or (x, y) ↦ y + x Wᵀ, for ``times`` products of a few rows; None where there is nothing faster than ``mm``.
 
-    A product of a few rows with a large matrix spends much of its time on that layout. None where that is not to be had, or no faster.
+    Such a product spends much of its time on bringing W into the layout that it computes in, so that is done once, unless W is a
+    transposed view, which is read as fast as it stands.
     """
     if not rows or times < 8 or not _serves(weight):
         return None
-    packed = _lay_out(weight.detach(), rows)
+    prepared = weight.detach()
+    if weight.is_contiguous():
+        prepared = _lay_out(prepared, rows)
+    return lambda x, y=None: _linear_of(x, prepared, y)
 
-    def of(x: Tensor, y: Tensor | None = None) -> Tensor:
-        found: Tensor = _linear(x, packed, None, "none", [], "") if y is None else _linear.binary(x, y, packed, None, "add")
-        return found
 
-    return of
+def _linear_of(x: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
+    found: Tensor = _linear(x, weight, None, "none", [], "") if y is None else _linear.binary(x, y, weight, None, "add")
+    return found

@@ -129,19 +129,19 @@ class _Rows:
         return torch.zeros_like(like).index_add_(0, self.index, buffer)
 
 
-def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Output, last hidden and cell state; then what backward needs: the activated gates, and a second buffer of the cell."""
+def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Output, last hidden and cell state; then what backward needs: the activated gates, and two more buffers of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
     rows, hidden = _Rows(steps, x.device), Hidden(SignedMatrix(*tensors[9:]), steps, forward=True)
     gates = _input_products(rows, x, bias_x, SignedMatrix(*tensors[5:9]))
     if cell is Cell.LSTM:
-        output, cells = loops.lstm(steps, gates, h0, c0, hidden)
-        return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells
+        output, cells, bent = loops.lstm(steps, gates, h0, c0, hidden)
+        return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells, bent
     if cell is Cell.GRU:
         output, second = loops.gru(steps, gates, h0, bias_h, hidden)
-        return output, steps.final(output).clone(), None, gates, second
+        return output, steps.final(output).clone(), None, gates, second, None
     output = loops.rnn(cell, steps, gates, h0, hidden)
-    return output, steps.final(output).clone(), None, output, None
+    return output, steps.final(output).clone(), None, output, None, None
 
 
 def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix) -> Tensor:
@@ -153,27 +153,27 @@ def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedM
     rows.scale_(gates, numbers(r, len(mean), x.dtype))
     if bias is not None:
         rows.add_(gates, bias)
-    return gates.addmm_(x, mean.t())
+    return product(x, mean, gates)
 
 
 class _SignedSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, h, c, gates, second = _forward(cell, steps, *tensors)
+        output, h, c, gates, *more = _forward(cell, steps, *tensors)
         ctx.cell, ctx.steps = cell, steps
         # a plain RNN's gates are its output, which is saved as that
-        ctx.save_for_backward(*tensors, output, None if gates is output else gates, second)
+        ctx.save_for_backward(*tensors, output, None if gates is output else gates, *more)
         ctx.set_materialize_grads(False)
         return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, output, gates, second = ctx.saved_tensors
+        *tensors, output, gates, second, third = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             found = _differentiable(ctx.cell, ctx.steps, tensors, needs, grads)
         else:
-            found = _backward(ctx.cell, ctx.steps, tensors, needs, grads, output, gates, second)
+            found = _backward(ctx.cell, ctx.steps, tensors, needs, grads, output, gates, second, third)
         return None, None, *found
 
 
@@ -247,7 +247,7 @@ class _Slopes:
 
 
 def _backward(
-    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor
+    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor, third: Tensor
 ) -> list[Tensor | None]:
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, recurrent = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
@@ -260,7 +260,7 @@ def _backward(
     if cell is Cell.GRU:
         d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
     elif dc is not None:
-        d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, hidden), None
+        d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, third, hidden), None
     else:
         d, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
     found[1], found[2] = dh, dc

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flipout.rules.onednn import laid_out
+from flipout.rules.onednn import stepwise
 from flipout.rules.sequence import Cell, Steps
 from flipout.signs import unpack
 
@@ -59,10 +59,10 @@ class Hidden:
         out, width = self.mean.shape
         rows, times = steps.rows, len(steps.sizes)
         self.mean_t = self.mean.t()
-        self.of_mean = laid_out(self.mean if forward else self.mean_t, rows, times)
+        self.of_mean = stepwise(self.mean if forward else self.mean_t, rows, times)
         if self.base is not None and matrix.s is not None and matrix.r is not None:
             self.base_t = self.base.t()
-            self.of_base = laid_out(self.base if forward else self.base_t, rows, times)
+            self.of_base = stepwise(self.base if forward else self.base_t, rows, times)
             self.s, self.r = numbers(matrix.s, width, self.mean.dtype), numbers(matrix.r, out, self.mean.dtype)
             self._buffers = self.mean.new_empty(rows, width), self.mean.new_empty(rows, out)
         self._size = -1
@@ -129,9 +129,11 @@ def rnn_backward(cell: Cell, steps: Steps, gy: Any, dh: Tensor, output: Tensor, 
     return slope
 
 
-def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates in place; the hidden states, the cell states and the hyperbolic tangents of these."""
     n, sizes = h0.shape[1], steps.sizes
-    output, cells = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
+    output, cells, bent = (gates.new_empty(len(gates), n) for _ in range(3))
+    tanhs = bent.split(sizes)
     outputs, states, both = output.split(sizes), cells.split(sizes), gates[:, : 2 * n].split(sizes)
     i, f, g, o = (gate.split(sizes) for gate in gates.chunk(4, 1))
     h, c = h0, c0
@@ -142,18 +144,17 @@ def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) ->
         g[t].tanh_()
         o[t].sigmoid_()
         c = torch.mul(f[t], c, out=states[t]).addcmul_(i[t], g[t])
-        h = torch.tanh(c, out=outputs[t]).mul_(o[t])
-    return output, cells
+        h = torch.mul(torch.tanh(c, out=tanhs[t]), o[t], out=outputs[t])
+    return output, cells, bent
 
 
 def lstm_backward(
-    steps: Steps, gy: Any, dh: Tensor, dc: Tensor, c0: Tensor, gates: Tensor, cells: Tensor, hidden: Hidden
+    steps: Steps, gy: Any, dh: Tensor, dc: Tensor, c0: Tensor, gates: Tensor, cells: Tensor, tanh_c: Tensor, hidden: Hidden
 ) -> Tensor:
     sizes, n = steps.sizes, c0.shape[1]
     i, f, g, o = gates.chunk(4, 1)
     d = torch.empty_like(gates)
     d_i, d_f, d_g, d_o = d.chunk(4, 1)
-    tanh_c = torch.tanh(cells)
     _sigmoid_slope(g, i, grad_input=d_i)
     _sigmoid_slope(steps.previous(cells, c0), f, grad_input=d_f)
     _tanh_slope(i, g, grad_input=d_g)
