@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,19 @@ from flipout.errors import ArgumentError
 from flipout.modes import composed
 from flipout.signs import draw_bits, unpack
 
-__all__ = ["DropConnect", "FromDistribution", "Gaussian", "MultiplicativeGaussian", "Noise", "Rademacher"]
+__all__ = ["DropConnect", "FromDistribution", "Gaussian", "MultiplicativeGaussian", "Noise", "Rademacher", "Source"]
+
+
+class Source(NamedTuple):
+    """What a ΔW was made of, for a rule whose own backward goes through to it.
+
+    Attributes:
+        leaf: W̄ where ΔW = ε ∘ W̄ (relative noise), log σ where ΔW = ε ∘ exp(log σ) (learnable noise).
+        unit: the scaled ε of relative noise; None for learnable noise, where ΔW is its own derivative.
+    """
+
+    leaf: Tensor
+    unit: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,17 @@ class Noise(ABC):
         Returns:
             ΔW, of the broadcast shape of its factors.
         """
+        return self.sourced(unit, mean, log_std, scaled=scaled)[0]
+
+    def sourced(
+        self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None, *, scaled: bool = False
+    ) -> tuple[Tensor, Source | None]:
+        """:meth:`perturbation`, and what it was made of: None if of nothing that moves, or of more than one such thing."""
         if not scaled:
             unit = self._scaled(unit, mean, log_std)
-        return unit * mean if self.relative else unit
+        if not self.relative:
+            return unit, None if log_std is None else Source(log_std, None)
+        return unit * mean, None if unit.requires_grad else Source(mean, unit)
 
     def _scaled(self, unit: Tensor, mean: Tensor, log_std: Tensor | None) -> Tensor:
         if log_std is not None:

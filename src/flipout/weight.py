@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
+from flipout.noise import Source
 from flipout.registry import find_rule
 from flipout.signs import draw_bits, pack, unpack
 
@@ -98,11 +99,13 @@ class Term:
         base: B, broadcastable to the weight's shape; with a leading member axis if ``per_member``.
         factors: what multiplies it per member.
         per_member: whether the base differs per member by itself.
+        source: what the base was made of, if a rule may take its gradient there itself.
     """
 
     base: Tensor
     factors: tuple[Factor, ...] = ()
     per_member: bool = False
+    source: Source | None = None
 
     def dense(self, ndim: int) -> Tensor:
         """The term for every member, broadcastable to ``[N, *weight.shape]``."""
@@ -114,7 +117,8 @@ class Term:
     def members(self, index: Tensor | slice) -> Term:
         """The term of some members only."""
         base = self.base[index] if self.per_member else self.base
-        return Term(base, tuple(factor.members(index) for factor in self.factors), self.per_member)
+        source = None if self.per_member else self.source
+        return Term(base, tuple(factor.members(index) for factor in self.factors), self.per_member, source)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Term:
         """The term with a function of each entry applied to its base."""

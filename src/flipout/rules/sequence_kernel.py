@@ -56,7 +56,7 @@ def signed_sequence(
     tensors = (x, h0, c0, bias_x, bias_h, *input, *hidden)
     if transformed():
         return _compose(cell, steps, *tensors)
-    if composed(x, h0, c0, bias_x, bias_h, *input[:2], *hidden[:2]):
+    if composed(*tensors):
         return _forward(cell, steps, *tensors)[:3]
     result: tuple[Tensor, Tensor, Tensor | None] = _SignedSequence.apply(cell, steps, *tensors)  # type: ignore[no-untyped-call]
     return result
@@ -65,7 +65,7 @@ def signed_sequence(
 def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same in plain operations."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    input, hidden = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
+    input, hidden = (matrix.differentiable() for matrix in _matrices(tensors))
 
     def signed(x: Tensor, matrix: SignedMatrix, of_rows: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         y = x @ matrix.mean.t()
@@ -78,6 +78,12 @@ def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
     index = steps.index(x.device)
     gates = signed(x, input, lambda rows: rows.index_select(0, index), bias_x)
     return unroll(cell, steps, gates, h0, c0, lambda h: signed(h, hidden, lambda rows: rows[: len(h)], bias_h))
+
+
+def _matrices(tensors: Any) -> tuple[SignedMatrix, SignedMatrix]:
+    """The input and the recurrent matrix, of which the operands from the sixth on consist."""
+    count = len(SignedMatrix._fields)
+    return SignedMatrix(*tensors[5 : 5 + count]), SignedMatrix(*tensors[5 + count :])
 
 
 class _Rows:
@@ -132,8 +138,9 @@ class _Rows:
 def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Output, last hidden and cell state; then what backward needs: the activated gates, and two more buffers of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    rows, hidden = _Rows(steps, x.device), Hidden(SignedMatrix(*tensors[9:]), steps, forward=True)
-    gates = _input_products(rows, x, bias_x, SignedMatrix(*tensors[5:9]))
+    input, recurrent = _matrices(tensors)
+    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps, forward=True)
+    gates = _input_products(rows, x, bias_x, input)
     if cell is Cell.LSTM:
         output, cells, bent = loops.lstm(steps, gates, h0, c0, hidden)
         return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells, bent
@@ -145,7 +152,7 @@ def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
 
 
 def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix) -> Tensor:
-    mean, base, s, r = matrix
+    mean, base, s, r, *_ = matrix
     if base is None or s is None or r is None:
         gates = product(x, mean)
         return gates if bias is None else rows.add_(gates, bias)
@@ -162,7 +169,8 @@ class _SignedSequence(torch.autograd.Function):
         output, h, c, gates, *more = _forward(cell, steps, *tensors)
         ctx.cell, ctx.steps = cell, steps
         # a plain RNN's gates are its output, which is saved as that
-        ctx.save_for_backward(*tensors, output, None if gates is output else gates, *more)
+        kept = [*tensors[:5], *(part for matrix in _matrices(tensors) for part in matrix.kept())]
+        ctx.save_for_backward(*kept, output, None if gates is output else gates, *more)
         ctx.set_materialize_grads(False)
         return output, h, c
 
@@ -228,17 +236,27 @@ class _Slopes:
         return found
 
     def matrix(self, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
-        """The gradients of the mean, Dᵀ X, and of ΔW, (R ∘ D)ᵀ (S ∘ X): products over all steps at once."""
-        found: list[Tensor | None] = [self.weight(x) if needs[0] else None, None]
-        if needs[1] and matrix.s is not None and matrix.r is not None:
-            out, width = matrix.mean.shape
-            s, r = numbers(matrix.s, width, x.dtype), numbers(matrix.r, out, x.dtype)
-            found[1] = self.weight(self.rows.scaled(x, s), r)
+        """The gradients of a matrix's parts: of the mean Dᵀ X, of ΔW (R ∘ D)ᵀ (S ∘ X), or what that makes of the mean or log σ."""
+        mean, base, s, r, unit, log_std = matrix
+        of_mean, of_base, *_, of_log_std = needs
+        found: list[Tensor | None] = [None] * len(needs)
+        if of_mean:
+            found[0] = self.weight(x)
+        if s is None or r is None or not (of_base or of_log_std or (of_mean and unit is not None)):
+            return found
+        s, r = numbers(s, mean.shape[1], x.dtype), numbers(r, len(mean), x.dtype)
+        slope = self.weight(self.rows.scaled(x, s), r)
+        if unit is not None and found[0] is not None:
+            found[0].addcmul_(slope, unit)
+        elif log_std is not None and base is not None:
+            found[5] = slope.mul_(base)
+        else:
+            found[1] = slope
         return found
 
     def input(self, matrix: SignedMatrix) -> Tensor:
         """The gradient of the inputs, D W̄ + S ∘ ((R ∘ D) ΔW). D is used up."""
-        mean, base, s, r = matrix
+        mean, base, s, r, *_ = matrix
         gx = product(self.buffer, mean.t())
         if base is not None and s is not None and r is not None:
             self.rows.scale_(self.buffer, numbers(r, len(mean), gx.dtype))
@@ -250,7 +268,7 @@ def _backward(
     cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor, third: Tensor
 ) -> list[Tensor | None]:
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    input, recurrent = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
+    input, recurrent = (matrix.restored() for matrix in _matrices(tensors))
     gy, gh, gc = grads
     pieces = None if gy is None else gy.split(steps.sizes)
     dh = torch.zeros_like(h0) if gh is None else gh.clone(memory_format=torch.contiguous_format)
@@ -267,11 +285,12 @@ def _backward(
     if needs[4]:
         found[4] = rows.sum(d, bias_h)
     slopes = _Slopes(rows, d)
-    found[9:11] = slopes.matrix(steps.previous(output, h0), recurrent, needs[9:11])
+    middle = 5 + len(SignedMatrix._fields)
+    found[middle:] = slopes.matrix(steps.previous(output, h0), recurrent, needs[middle:])
     if d_candidate is not None:  # the input part of a GRU's candidate is not behind its reset gate
         slopes.replace_(2 * h0.shape[1], d_candidate)
     if needs[3]:
         found[3] = rows.sum(d, bias_x)
-    found[5:7] = slopes.matrix(x, input, needs[5:7])
+    found[5:middle] = slopes.matrix(x, input, needs[5:middle])
     found[0] = slopes.input(input) if needs[0] else None
     return found

@@ -39,12 +39,33 @@ class SignedMatrix(NamedTuple):
         base: ΔW ``[out, in]``, or None where the matrix is not perturbed.
         s: signs of the inputs, packed bits or numbers, one row a sequence.
         r: signs of the outputs, likewise.
+        unit: ε, where ``base`` is ε ∘ W̄ and has no gradient of its own: it goes to the mean.
+        log_std: log σ, where ``base`` is ε ∘ σ and has no gradient of its own: it goes there.
     """
 
     mean: Tensor
     base: Tensor | None = None
     s: Tensor | None = None
     r: Tensor | None = None
+    unit: Tensor | None = None
+    log_std: Tensor | None = None
+
+    def kept(self) -> SignedMatrix:
+        """What backward needs: not both ε and ΔW."""
+        return self if self.unit is None else self._replace(base=None)
+
+    def restored(self) -> SignedMatrix:
+        """The inverse of :meth:`kept`."""
+        return self if self.unit is None else self._replace(base=self.unit * self.mean)
+
+    def differentiable(self) -> SignedMatrix:
+        """The same with a base that has its gradient from what it was made of."""
+        base = self.base
+        if self.unit is not None:
+            base = self.unit * self.mean
+        elif self.log_std is not None and base is not None:
+            base = base * (self.log_std - self.log_std.detach()).exp()
+        return self._replace(base=base, unit=None, log_std=None)
 
 
 def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
