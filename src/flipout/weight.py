@@ -39,12 +39,14 @@ class Factor:
         axes: the axes of the weight that it varies along, in the order in which ``values`` is laid out.
         sizes: the weight's size along each of ``axes``.
         packed: whether ``values`` holds bits.
+        signs: whether numbers are known to be -1 and +1, as bits always are.
     """
 
     values: Tensor | None
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
     packed: bool = True
+    signs: bool = False
 
     @property
     def count(self) -> int:

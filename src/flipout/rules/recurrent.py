@@ -33,7 +33,7 @@ from flipout.rules.sequence_rows import (
     refuse_local,
     require_states,
 )
-from flipout.weight import Factor, PerturbedWeight, carriers_in
+from flipout.weight import PerturbedWeight, carriers_in
 
 __all__ = ["recurrent"]
 
@@ -155,7 +155,7 @@ def _signed(batch: Batch, weights: Weights) -> tuple[SignedMatrix, SignedMatrix]
             return None
         mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
         signs = sign_factors(term)
-        if signs is None or term.base.shape != mean.shape or not all(_are_signs(factor) for factor in signs):
+        if signs is None or term.base.shape != mean.shape or not all(factor.packed or factor.signs for factor in signs):
             return None
         s, r = (factor.compact(mean.dtype) for factor in signs)
         found.append(_from_source(SignedMatrix(mean, term.base, s, r), term.source))
@@ -177,11 +177,6 @@ def _lowered(matrix: SignedMatrix) -> SignedMatrix:
     """The matrix in autocast's dtype where autocast is on."""
     mean, base = autocast(matrix.mean, matrix.base)
     return matrix._replace(mean=mean, base=base)
-
-
-def _are_signs(factor: Factor) -> bool:
-    """Whether the values are all -1 or +1, which the kernel's backward relies on: a joined weight has zeros among them."""
-    return factor.packed or factor.values is None or transformed() or bool((factor.values.abs() == 1).all())
 
 
 def _bias_rows(batch: Batch, bias: Any) -> Tensor | None:

@@ -139,7 +139,7 @@ def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
     """Output, last hidden and cell state; then what backward needs: the activated gates, and two more buffers of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, recurrent = _matrices(tensors)
-    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps, forward=True)
+    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps)
     gates = _input_products(rows, x, bias_x, input)
     if cell is Cell.LSTM:
         output, cells, bent = loops.lstm(steps, gates, h0, c0, hidden)
@@ -199,7 +199,7 @@ def _differentiable(cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: A
 
 
 class _Slopes:
-    """The gradients D ``[total, out]`` of what a matrix contributes to the gates, and the products that its operands' gradients are.
+    """The gradients D ``[total, out]`` of what a matrix contributes to the gates, and the products with them.
 
     A copy laid out by gates is kept where weight gradients Dᵀ X come faster from it.
     """
@@ -273,7 +273,7 @@ def _backward(
     pieces = None if gy is None else gy.split(steps.sizes)
     dh = torch.zeros_like(h0) if gh is None else gh.clone(memory_format=torch.contiguous_format)
     dc = None if c0 is None else torch.zeros_like(c0) if gc is None else gc.clone(memory_format=torch.contiguous_format)
-    hidden, rows = Hidden(recurrent, steps, forward=False), _Rows(steps, x.device)
+    hidden, rows = Hidden(recurrent, steps, adjoint=True), _Rows(steps, x.device)
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
         d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)

@@ -73,52 +73,38 @@ def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 class Hidden:
-    """The recurrent pair of products at one step, in buffers that all steps share."""
+    """The recurrent pair of products at one step, or its adjoint, in buffers that all steps share."""
 
-    def __init__(self, matrix: SignedMatrix, steps: Steps, forward: bool) -> None:
-        self.mean, self.base = matrix.mean, matrix.base
-        out, width = self.mean.shape
+    def __init__(self, matrix: SignedMatrix, steps: Steps, adjoint: bool = False) -> None:
+        mean, base, s, r, *_ = matrix
+        if adjoint:
+            mean, base, s, r = mean.t(), None if base is None else base.t(), r, s
+        out, width = mean.shape
         rows, times = steps.rows, len(steps.sizes)
-        self.mean_t = self.mean.t()
-        self.of_mean = stepwise(self.mean if forward else self.mean_t, rows, times)
-        if self.base is not None and matrix.s is not None and matrix.r is not None:
-            self.base_t = self.base.t()
-            self.of_base = stepwise(self.base if forward else self.base_t, rows, times)
-            self.s, self.r = numbers(matrix.s, width, self.mean.dtype), numbers(matrix.r, out, self.mean.dtype)
-            self._buffers = self.mean.new_empty(rows, width), self.mean.new_empty(rows, out)
+        self._mean, self._of_mean = mean.t(), stepwise(mean, rows, times)
+        self._perturbed = base is not None
+        if base is not None and s is not None and r is not None:
+            self._base, self._of_base = base.t(), stepwise(base, rows, times)
+            self._signs = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
+            self._buffers = mean.new_empty(rows, width), mean.new_empty(rows, out)
         self._size = -1
 
-    def _signs(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Signs and buffers of the first ``size`` sequences: s and r, then room for an input and for an output."""
-        if size != self._size:
-            self._size = size
-            self._cut = tuple(t[:size] for t in (self.s, self.r, *self._buffers))
-        return self._cut  # type: ignore[return-value]
-
-    def add_(self, gates: Tensor, h: Tensor) -> None:
-        """gates += W̄ h + r ∘ (ΔW (s ∘ h))."""
-        y = gates.addmm_(h, self.mean_t) if self.of_mean is None else self.of_mean(h, gates)
-        if self.base is not None:
-            s, r, signed, z = self._signs(len(h))
-            torch.mul(h, s, out=signed)
-            z = torch.mm(signed, self.base_t, out=z) if self.of_base is None else self.of_base(signed)
-            torch.addcmul(y, z, r, out=gates)
-        elif y is not gates:
-            gates.copy_(y)
-
-    def back_(self, dh: Tensor, gates: Tensor, keep: Tensor | None = None) -> None:
-        """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), and ``keep`` besides, which may be dh itself."""
-        if self.of_mean is not None:
-            y = self.of_mean(gates) if keep is None else self.of_mean(gates, keep)
+    def __call__(self, out: Tensor, x: Tensor, y: Tensor | None = None) -> None:
+        """out = W̄ x + r ∘ (ΔW (s ∘ x)), and ``y`` besides, which may be ``out`` itself; adjoint W̄ᵀ x + s ∘ (ΔWᵀ (r ∘ x))."""
+        if self._of_mean is not None:
+            y = self._of_mean(x, y)
         else:
-            y = torch.mm(gates, self.mean, out=dh) if keep is None else torch.addmm(keep, gates, self.mean, out=dh)
-        if self.base is not None:
-            s, r, z, signed = self._signs(len(dh))
-            torch.mul(gates, r, out=signed)
-            z = torch.mm(signed, self.base, out=z) if self.of_base is None else self.of_base(signed)
-            torch.addcmul(y, z, s, out=dh)
-        elif y is not dh:
-            dh.copy_(y)
+            y = torch.mm(x, self._mean, out=out) if y is None else torch.addmm(y, x, self._mean, out=out)
+        if self._perturbed:
+            if len(x) != self._size:  # signs and buffers of the sequences that have this step
+                self._size = len(x)
+                self._cut = [t[: self._size] for t in (*self._signs, *self._buffers)]
+            s, r, signed, z = self._cut
+            torch.mul(x, s, out=signed)
+            z = torch.mm(signed, self._base, out=z) if self._of_base is None else self._of_base(signed)
+            torch.addcmul(y, z, r, out=out)
+        elif y is not out:
+            out.copy_(y)
 
 
 def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
@@ -130,7 +116,7 @@ def rnn(cell: Cell, steps: Steps, gates: Tensor, h0: Tensor, hidden: Hidden) -> 
     """The hidden states, in the memory of the gates."""
     h = h0
     for _, piece in _walk(steps, gates):
-        hidden.add_(piece, steps.active(h, h0, len(piece)))
+        hidden(piece, steps.active(h, h0, len(piece)), piece)
         h = piece.tanh_() if cell is Cell.TANH else piece.relu_()
     return gates
 
@@ -146,7 +132,7 @@ def rnn_backward(cell: Cell, steps: Steps, gy: Any, dh: Tensor, output: Tensor, 
         if gy is not None:
             now.add_(gy[t])
         d.mul_(now)
-        hidden.back_(now, d)
+        hidden(now, d)
     return slope
 
 
@@ -160,7 +146,7 @@ def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) ->
     h, c = h0, c0
     for t, piece in _walk(steps, gates):
         h, c = steps.active(h, h0, len(piece)), steps.active(c, c0, len(piece))
-        hidden.add_(piece, h)
+        hidden(piece, h, piece)
         both[t].sigmoid_()
         g[t].tanh_()
         o[t].sigmoid_()
@@ -190,7 +176,7 @@ def lstm_backward(
         of_cell[t].mul_(cell.unsqueeze(1))
         of_output[t].mul_(now)
         cell.mul_(forget[t])
-        hidden.back_(now, d_t)
+        hidden(now, d_t)
     return d
 
 
@@ -208,7 +194,7 @@ def gru(steps: Steps, gates: Tensor, h0: Tensor, bias: Tensor | None, hidden: Hi
             y.zero_()
         else:
             y.copy_(bias if bias.dim() == 1 else bias[:size])
-        hidden.add_(y, h)
+        hidden(y, h, y)
         both[t].add_(y[:, : 2 * n]).sigmoid_()
         h_n[t].copy_(y[:, 2 * n :])
         n_t[t].addcmul_(r[t], h_n[t]).tanh_()
@@ -237,5 +223,5 @@ def gru_backward(
         of_all[t].mul_(now.unsqueeze(1))
         of_input[t].mul_(now)
         now.mul_(kept[t])
-        hidden.back_(now, d_t, now)
+        hidden(now, d_t, now)
     return d, inner

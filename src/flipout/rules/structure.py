@@ -59,7 +59,7 @@ def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
             raise DrawError("a view that mixes axes with signs and axes without cannot be read per token")
         values = factor.broadcast(len(old), weight.mean_weight.dtype)
         values = values.expand(-1, *(size if axis in whole else 1 for axis, size in enumerate(old)))
-        return Factor(values.reshape(values.shape[0], math.prod(sizes)), axes, sizes, packed=False)
+        return _regrouped(factor, values, axes, sizes)
 
     def of_term(term: Term) -> Term:
         base = term.base
@@ -70,6 +70,12 @@ def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def _regrouped(factor: Factor, values: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Factor:
+    """A factor of some of another's values, as numbers."""
+    values = values.reshape(values.shape[0], math.prod(sizes))
+    return Factor(values, axes, sizes, packed=False, signs=factor.packed or factor.signs)
 
 
 def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> PerturbedWeight:
@@ -91,7 +97,7 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         if (bits := _packed_slice(factor, index)) is not None:
             return replace(factor, values=bits, sizes=sizes)
         values = pick(factor.flat(weight.mean_weight.dtype).view(-1, *factor.sizes), 1 + at)
-        return Factor(values.reshape(values.shape[0], math.prod(sizes)), factor.axes, sizes, packed=False)
+        return _regrouped(factor, values, factor.axes, sizes)
 
     def of_term(term: Term) -> Term:
         base = term.base
