@@ -112,6 +112,11 @@ def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
     return [(t, pieces[t]) for t in steps.order]
 
 
+def _first(state: Tensor, size: int) -> Tensor:
+    """The state of the sequences that have a step."""
+    return state if len(state) == size else state[:size]
+
+
 def rnn(cell: Cell, steps: Steps, gates: Tensor, h0: Tensor, hidden: Hidden) -> Tensor:
     """The hidden states, in the memory of the gates."""
     h = h0
@@ -128,7 +133,7 @@ def rnn_backward(cell: Cell, steps: Steps, gy: Any, dh: Tensor, output: Tensor, 
     else:
         _relu_slope(slope, output, 0, grad_input=slope)
     for t, d in reversed(_walk(steps, slope)):
-        now = dh[: len(d)]
+        now = _first(dh, len(d))
         if gy is not None:
             now.add_(gy[t])
         d.mul_(now)
@@ -169,7 +174,7 @@ def lstm_backward(
     through = torch.ops.aten.tanh_backward(o, tanh_c).split(sizes)  # how the output moves with the cell state
     forget, of_cell, of_output = f.split(sizes), d[:, : 3 * n].unflatten(1, (3, n)).split(sizes), d_o.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
-        now, cell = dh[: len(d_t)], dc[: len(d_t)]
+        now, cell = _first(dh, len(d_t)), _first(dc, len(d_t))
         if gy is not None:
             now.add_(gy[t])
         cell.addcmul_(now, through[t])
@@ -217,7 +222,7 @@ def gru_backward(
     torch.mul(inner, r, out=d_n)
     kept, of_all, of_input = z.split(sizes), d.unflatten(1, (3, width)).split(sizes), inner.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
-        now = dh[: len(d_t)]
+        now = _first(dh, len(d_t))
         if gy is not None:
             now.add_(gy[t])
         of_all[t].mul_(now.unsqueeze(1))
