@@ -71,10 +71,10 @@ def _saved(section: Section) -> None:
         weights = sum(p.numel() * p.element_size() for p in plain.parameters())
         signs = batch * sum(sum(p.shape) for p in plain.parameters())
         bound = MARGIN * (saved["plain"] + weights + signs / 8)
-        for name in ("fixed Gaussian", "learnable Gaussian"):
+        for name in NOISES:
             section.targets.append(Target(f"{kind.__name__} saved, {name} / bound", saved[f"flipout, {name}"] / bound, 1.0))
         counts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in saved.items())
-        section.notes.append(f"{kind.__name__} saved, MiB: {counts}. Noise relative to the mean keeps its unit draw besides.")
+        section.notes.append(f"{kind.__name__} saved, MiB: {counts}; bound {bound / 2**20:.1f}.")
 
 
 def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils._pytree import tree_leaves, tree_map
 
 import flipout
+from flipout.rules import onednn
 
 LENGTHS = (3, 5, 1, 5)
 LAYERS: dict[str, Callable[[], nn.RNNBase]] = {
@@ -125,16 +126,144 @@ def test_any_subset_of_the_weights(layer: str, include: str) -> None:
             assert distance(a, b) <= EXACT
 
 
-def test_a_large_layer_in_single_precision() -> None:
-    """Where the products of the steps are laid out in advance: float32 agrees with float64 to rounding."""
-    module = nn.LSTM(16, 400)
-    x = torch.randn(10, 6, 16)
-    outputs = []
-    for dtype in (torch.float32, torch.float64):
-        net = flipout.Perturbed(module.to(dtype), flipout.Rademacher(0.05), include="weight_hh*")
-        with net.hold(6, torch.Generator().manual_seed(0)), torch.no_grad():
-            outputs.append(net(x.to(dtype))[0].double())
-    assert distance(*outputs) < 1e-5
+NOISES = {
+    "relative": flipout.MultiplicativeGaussian(0.5),
+    "learnable": flipout.Gaussian(0.3, learnable=True),
+    "both": flipout.Gaussian(0.3, relative=True, learnable=True),
+}
+
+
+@every_layer
+@pytest.mark.parametrize("noise", NOISES)
+def test_gradients_reach_what_the_noise_is_made_of(layer: str, noise: str) -> None:
+    """Means through relative noise, and scales: once, again from the same graph, and twice differentiated."""
+    module = LAYERS[layer]()
+    net = wrapped(module, noise=NOISES[noise])
+    xs, hx = sequences(), states(module, len(LENGTHS))
+    wanted = [*xs, *tree_leaves(hx), *net.parameters()]
+
+    def slopes(y: Any) -> list[tuple[Tensor, ...]]:
+        loss = flat(y).square().sum()
+        first, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        built = torch.autograd.grad(loss, wanted, create_graph=True)
+        return [first, built, torch.autograd.grad(sum(g.square().sum() for g in built), wanted)]
+
+    with net.hold(len(LENGTHS)) as draw:
+        packed, final = net(pack_sequence(xs, enforce_sorted=False), hx)
+        ours, theirs = (slopes(y) for y in ((pad_packed_sequence(packed)[0], final), alone(module, draw, xs, hx)))
+    for a, b in zip(flat_list(ours), flat_list(theirs), strict=True):
+        assert distance(a, b) <= EXACT * max(1.0, b.abs().max().item())
+
+
+def flat_list(groups: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [tensor for group in groups for tensor in group]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("frozen", ["module.weight_hh_l0", "module.weight_ih_l0", "log_std.weight_hh_l0"])
+def test_frozen_parts_change_no_other_gradient(noise: str, frozen: str) -> None:
+    net = wrapped(nn.GRU(3, 4), noise=NOISES[noise])
+    if frozen not in dict(net.named_parameters()):
+        pytest.skip("this noise has no scale to freeze")
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    found = []
+    for needed in (True, False):
+        net.get_parameter(frozen).requires_grad_(needed)
+        with net.hold(4, torch.Generator().manual_seed(0)):
+            net(x)[0].square().sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+        net.zero_grad()
+    assert found[1].pop(frozen) is None
+    for name, grad in found[1].items():
+        assert distance(grad, found[0][name]) <= EXACT
+
+
+def test_a_mean_that_the_noise_is_not_relative_to() -> None:
+    """A module may change its weights before it uses them: ΔW is a multiple of the parameter, not of what became of it."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(3, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(1, x.shape[1], 4)
+            weights = [self.inner.weight_ih_l0 + 0.5, 2.0 * (self.inner.weight_hh_l0 - 0.5) + 1.5]
+            return torch.lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)[0]
+
+    model, x = Shifted(), torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    net = wrapped(model, batch_dim=1)
+    with net.hold(4) as draw:
+        ours = net(x)
+        rows = [torch.func.functional_call(model, draw.weights(n), (x[:, n : n + 1],)) for n in range(4)]
+    theirs = torch.cat(rows, 1)
+    slopes = [torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) for y in (ours, theirs)]
+    for a, b in zip((ours, *slopes[0]), (theirs, *slopes[1]), strict=True):
+        assert distance(a, b) <= EXACT
+
+
+@every_layer
+@pytest.mark.parametrize("noise", ["relative", "learnable"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_large_products_in_single_precision(layer: str, noise: str, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that large float32 matrices take, here taken by small ones, agrees with the other one to rounding."""
+    taken, linear = [], onednn._linear_of
+    monkeypatch.setattr(onednn, "_linear_of", lambda *operands: taken.append(1) or linear(*operands))
+    module, lengths = LAYERS[layer](), [9, 9, 9, 6, 2, 1] if ragged else [9] * 6
+    net, x, results = flipout.Perturbed(module, NOISES[noise]), torch.randn(9, 6, 3, requires_grad=True), []
+    for least in (10**9, 1):
+        assert not taken
+        monkeypatch.setattr(onednn, "_LARGE", least)
+        monkeypatch.setattr(onednn, "_LAID_OUT", least)
+        with net.hold(6, torch.Generator().manual_seed(0)):
+            y, final = net(pack_padded_sequence(x, torch.tensor(lengths)))
+            slopes = torch.autograd.grad(y.data.square().sum() + flat(final).square().sum(), [x, *net.parameters()])
+        results.append([y.data, *tree_leaves(final), *slopes])
+    for a, b in zip(*results, strict=True):
+        assert distance(a, b) <= 1e-5 * max(1.0, a.abs().max().item())
+    if onednn._linear is not None and torch.backends.mkldnn.enabled and not module.proj_size:
+        assert taken
+
+
+MEMORY_NOISES = {
+    "fixed": flipout.Gaussian(0.1),
+    "learnable": flipout.Gaussian(0.1, learnable=True),
+    "relative": flipout.MultiplicativeGaussian(0.1),
+    "dropconnect": flipout.DropConnect(0.5),
+}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("noise", MEMORY_NOISES)
+def test_memory_between_forward_and_backward(kind: type[nn.RNNBase], noise: str) -> None:
+    """What the plain layer keeps, one ΔW, the signs as they are kept (bits where they are many), and 10 %."""
+    module, batch = kind(160, 200), 8
+    x = torch.randn(30, batch, 160, requires_grad=True)
+    weights = sum(p.nbytes for p in module.parameters())
+    signs = 4 * batch * sum(sum(p.shape) for name, p in module.named_parameters() if "weight" in name)
+    plain = _kept_bytes(module, x)
+    if kind is not nn.LSTM:  # torch composes these of parts, which keep more; a layer needs its input, its gates and its states
+        gates = {nn.GRU: 3, nn.RNN: 1}[kind]
+        plain = min(plain, 4 * 30 * batch * (160 + 200 * gates + 2 * 200))
+    assert _kept_bytes(flipout.Perturbed(module, MEMORY_NOISES[noise]), x) <= 1.1 * (plain + weights + signs)
+
+
+def _kept_bytes(net: nn.Module, x: Tensor) -> int:
+    """Bytes of the storages that one forward pass saves, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = net(x)
+    del y
+    return sum(kept.values())
 
 
 class Tagger(nn.Module):
@@ -313,8 +442,8 @@ def test_outputs_may_be_changed_in_place() -> None:
     y.sum().backward()
 
 
-def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compiles_in_one_graph() -> None:
     module = nn.LSTM(3, 4)
     net = flipout.Perturbed(module, flipout.Gaussian(0.1))
     before = module._flat_weights, module._flat_weight_refs

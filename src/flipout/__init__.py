@@ -1,6 +1,7 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
 from flipout import bayes, regularize, variance
+from flipout.distributions import FromDistribution
 from flipout.draw import Draw
 from flipout.errors import (
     ArgumentError,
@@ -13,7 +14,7 @@ from flipout.errors import (
     UnsupportedNoiseError,
 )
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
-from flipout.noise import DropConnect, FromDistribution, Gaussian, MultiplicativeGaussian, Noise, Rademacher
+from flipout.noise import DropConnect, Gaussian, MultiplicativeGaussian, Noise, Rademacher
 from flipout.perturb import Perturbed, perturbed
 from flipout.registry import rule
 from flipout.weight import PerturbedWeight

@@ -67,12 +67,14 @@ class Draw:
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
         site, sample = self._sites[i], self._samples[i]
-        base = self._fixed.get(i)
+        base, source = self._fixed.get(i), None
         if base is None:
-            base = site.noise.perturbation(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
+            base, source = site.noise.sourced(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
             if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
                 self._fixed[i] = base  # depends on nothing that moves
-        return tuple([Term(base, factors, sample.per_member) for factors in sample.factors])
+        if torch.compiler.is_compiling():  # which differentiates what the rules compose
+            source = None
+        return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
 
     def carriers(self, rows: int, dim: int) -> list[Tensor]:
         """One perturbed weight a selected parameter, for an input with ``rows`` rows on ``dim``.

@@ -176,7 +176,7 @@ class Flipout(Estimator):
             values = iter(draw_bits(members, counts, generator=generator, device=mean.device))
         else:
             values = iter(draw_signs(members, counts, generator=generator, device=mean.device, dtype=mean.dtype))
-        drawn = [tuple([Factor(next(values), axes, sizes, packed) for axes, sizes in places]) for places in own]
+        drawn = [tuple([Factor(next(values), axes, sizes, packed, signs=True) for axes, sizes in places]) for places in own]
         rows = {target.name: factors[0] for target, factors in zip(targets, drawn, strict=True) if factors}
         return [
             factors if target.matrix is None else (rows[target.matrix],) for target, factors in zip(targets, drawn, strict=True)

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 import flipout.rules  # noqa: F401  (fills the registry)
+from flipout.calls import Calls, LateDraw, count_rows, require_blocks, slots_of
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.select import Site, check_generator, rows_dim, select, unbatched_rank
-from flipout.slots import Placement, first_batch
+from flipout.select import Site, check_generator, rows_dim, select
+from flipout.slots import Placement
 from flipout.weight import PerturbedWeight
 
 __all__ = ["Perturbed", "perturbed"]
@@ -106,12 +106,12 @@ class Perturbed(nn.Module):
         if draw is None:
             if not (self.training or self._sampling):
                 return self.module(*args, **kwargs)
-            rows = _count_rows(self.module, self.batch_dim, args, kwargs)
+            rows = count_rows(self.module, self.batch_dim, args, kwargs)
             draw = self._draw(rows, self.generator)
         else:
-            rows = _count_rows(self.module, self.batch_dim, args, kwargs)
-            _require_blocks(rows, draw, self.batch_dim)
-        placed = Placement(_slots(self._sites), draw.slot_weights(rows, self.batch_dim))
+            rows = count_rows(self.module, self.batch_dim, args, kwargs)
+            require_blocks(rows, draw, self.batch_dim)
+        placed = Placement(slots_of(self._sites), draw.slot_weights(rows, self.batch_dim))
         try:
             output = self.module(*args, **kwargs)
         finally:
@@ -247,100 +247,14 @@ def perturbed(
     net = Perturbed(module, noise, estimator, include, exclude, batch_dim, generator, fallback)
     if any(site.noise.learnable for site in net._sites):
         raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
-    draw = _LateDraw(net, None if members is None else _member_count(members))
-    calls = draw.calls = _Calls(net, draw)
+    draw = LateDraw(net, None if members is None else _member_count(members))
+    calls = draw.calls = Calls(net, draw)
     calls.attach()
     try:
         yield draw
     finally:
         calls.detach()
         calls.restore()
-
-
-class _LateDraw(Draw):
-    """A draw whose number of members may be found at the first call."""
-
-    calls: _Calls
-
-    def __init__(self, net: Perturbed, members: int | None) -> None:
-        self._net = net
-        self.estimator = net.estimator
-        self.members = None
-        if members is not None:
-            self.start(members)
-
-    @property
-    def started(self) -> bool:
-        return hasattr(self, "_samples")
-
-    def start(self, members: int) -> None:
-        net = self._net
-        super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
-
-    def module(self, n: int) -> nn.Module:
-        attached = self.calls.detach()  # hooks would be copied along
-        try:
-            return super().module(n)
-        finally:
-            if attached:
-                self.calls.attach()
-
-    def _require_members(self) -> None:
-        if not self.started:
-            raise DrawError("the draw has no members yet: call the module first, or pass perturbed(..., members=N)")
-        super()._require_members()
-
-    def __repr__(self) -> str:
-        return super().__repr__() if self.started else f"Draw(members=None, estimator={self.estimator}, not drawn yet)"
-
-
-class _Calls:
-    """Puts the perturbed weights in place for the outermost call among a module's parts, and back after it."""
-
-    def __init__(self, net: Perturbed, draw: _LateDraw) -> None:
-        self.net, self.draw = net, draw
-        self.depth = 0
-        self.placed: Placement | None = None
-        self._handles: list[Any] = []
-
-    def attach(self) -> None:
-        for part in self.net.module.modules():
-            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
-
-    def detach(self) -> bool:
-        """Removes the hooks and says whether there were any."""
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.remove()
-        return bool(handles)
-
-    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        self.depth += 1
-        if self.depth > 1:
-            return
-        try:
-            net, draw = self.net, self.draw
-            dim = rows_dim(part, net.batch_dim)
-            rows = _count_rows(part, dim, args, kwargs)
-            if not draw.started:
-                draw.start(rows)
-            _require_blocks(rows, draw, dim)
-            self.placed = Placement(_slots(net._sites), draw.slot_weights(rows, dim))
-            self.placed.note(part, args, kwargs)
-        except BaseException:
-            self.depth = 0
-            raise
-
-    def leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        self.depth = max(self.depth - 1, 0)
-        if self.depth == 0:
-            self.restore()
-
-    def restore(self) -> None:
-        if self.placed is not None:
-            self.placed.undo()
-            self.placed = None
 
 
 class _Scales(Mapping[str, torch.Tensor]):
@@ -365,10 +279,6 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _slots(sites: Sequence[Site]) -> list[tuple[nn.Module, str]]:
-    return [slot for site in sites for slot in site.slots]
-
-
 def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
     if not isinstance(estimator, Estimator):
         raise ArgumentError(f"estimator={estimator!r}: expected an estimator such as flipout.Flipout() or flipout.Shared()")
@@ -380,28 +290,3 @@ def _member_count(members: Any) -> int:
     if isinstance(members, bool) or not isinstance(members, int) or members < 1:
         raise ArgumentError(f"members={members!r}: expected a positive number of members")
     return members
-
-
-def _count_rows(module: nn.Module, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The rows of the first tensor argument on the batch dimension, or its packed sequences; one for an unbatched input."""
-    first = first_batch(args, kwargs)
-    if first is None:
-        raise BatchError(f"{type(module).__name__} was called without a tensor, so its examples cannot be counted")
-    if isinstance(first, PackedSequence):
-        return int(first.batch_sizes[0])
-    if first.dim() == unbatched_rank(module):
-        return 1
-    if first.dim() <= dim:
-        raise BatchError(
-            f"the first tensor argument of {type(module).__name__} has shape {tuple(first.shape)}, which has no dimension "
-            f"batch_dim={dim}; give it a batch dimension or name the right one"
-        )
-    return first.shape[dim]
-
-
-def _require_blocks(rows: int, draw: Draw, dim: int) -> None:
-    if draw.members is not None and (rows % draw.members or not rows):
-        raise BatchError(
-            f"the input has {rows} rows on batch_dim={dim}, which do not divide into the {draw.members} members of the held draw; "
-            f"give it {draw.members} rows, or k·{draw.members} in member-major blocks"
-        )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal
 
+from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
-from flipout.noise import FromDistribution, Gaussian, Noise
+from flipout.noise import Gaussian, Noise
 from flipout.perturb import Perturbed
 from flipout.select import Site, select
 

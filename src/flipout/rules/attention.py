@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.registry import rule
+from flipout.rules.axes import take
 from flipout.rules.pointwise import per_row
-from flipout.rules.structure import take
 from flipout.weight import PerturbedWeight, carriers_in, missing_rule
 
 __all__ = ["attend"]

@@ -13,9 +13,9 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
 from flipout.modes import autocast
 from flipout.registry import rule
+from flipout.rules.axes import permute, reshape
 from flipout.rules.pointwise import add
 from flipout.rules.products import factored_product, signed_linear
-from flipout.rules.structure import permute, reshape
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["linear", "sign_factors"]

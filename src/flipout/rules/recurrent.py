@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast, transformed
+from flipout.noise import Source
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
 from flipout.rules.sequence import Cell, Steps, cell_step, unroll
@@ -32,7 +33,7 @@ from flipout.rules.sequence_rows import (
     refuse_local,
     require_states,
 )
-from flipout.weight import Factor, PerturbedWeight, carriers_in
+from flipout.weight import PerturbedWeight, carriers_in
 
 __all__ = ["recurrent"]
 
@@ -133,9 +134,8 @@ def _direction(
     bias_x, bias_h = (_bias_rows(batch, bias) for bias in (weights.bias_ih, weights.bias_hh))
     if cell is not Cell.GRU and bias_x is not None and bias_h is not None:
         bias_x, bias_h = bias_x + bias_h, None
-    (W_x, D_x, s_x, r_x), (W_h, D_h, s_h, r_h) = signed
-    x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h = autocast(x, h0, c0, bias_x, bias_h, W_x, D_x, W_h, D_h)
-    input, hidden = SignedMatrix(W_x, D_x, s_x, r_x), SignedMatrix(W_h, D_h, s_h, r_h)
+    x, h0, c0, bias_x, bias_h = autocast(x, h0, c0, bias_x, bias_h)
+    input, hidden = (_lowered(matrix) for matrix in signed)
     return signed_sequence(cell, steps, x, h0.contiguous(), c0 if c0 is None else c0.contiguous(), bias_x, bias_h, input, hidden)
 
 
@@ -155,16 +155,28 @@ def _signed(batch: Batch, weights: Weights) -> tuple[SignedMatrix, SignedMatrix]
             return None
         mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
         signs = sign_factors(term)
-        if signs is None or term.base.shape != mean.shape or not all(_are_signs(factor) for factor in signs):
+        if signs is None or term.base.shape != mean.shape or not all(factor.packed or factor.signs for factor in signs):
             return None
         s, r = (factor.compact(mean.dtype) for factor in signs)
-        found.append(SignedMatrix(mean, term.base, s, r))
+        found.append(_from_source(SignedMatrix(mean, term.base, s, r), term.source))
     return found[0], found[1]
 
 
-def _are_signs(factor: Factor) -> bool:
-    """Whether the values are all -1 or +1, which the kernel's backward relies on: a joined weight has zeros among them."""
-    return factor.packed or factor.values is None or transformed() or bool((factor.values.abs() == 1).all())
+def _from_source(matrix: SignedMatrix, source: Source | None) -> SignedMatrix:
+    """The matrix with a base without gradient, where the kernel can take that on to what the base was made of."""
+    if source is None or matrix.base is None or not matrix.base.requires_grad or transformed():
+        return matrix
+    if torch.is_autocast_enabled(matrix.mean.device.type):
+        return matrix
+    if source.unit is None:
+        return matrix._replace(base=matrix.base.detach(), log_std=source.leaf)
+    return matrix._replace(base=matrix.base.detach(), unit=source.unit) if source.leaf is matrix.mean else matrix
+
+
+def _lowered(matrix: SignedMatrix) -> SignedMatrix:
+    """The matrix in autocast's dtype where autocast is on."""
+    mean, base = autocast(matrix.mean, matrix.base)
+    return matrix._replace(mean=mean, base=base)
 
 
 def _bias_rows(batch: Batch, bias: Any) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flipout.modes import composed, transformed
 from flipout.rules import sequence_loops as loops
+from flipout.rules.onednn import favours_rows, product
 from flipout.rules.sequence import Cell, Steps, unroll
 from flipout.rules.sequence_loops import Hidden, SignedMatrix, numbers
 
@@ -55,7 +56,7 @@ def signed_sequence(
     tensors = (x, h0, c0, bias_x, bias_h, *input, *hidden)
     if transformed():
         return _compose(cell, steps, *tensors)
-    if composed(x, h0, c0, bias_x, bias_h, *input[:2], *hidden[:2]):
+    if composed(*tensors):
         return _forward(cell, steps, *tensors)[:3]
     result: tuple[Tensor, Tensor, Tensor | None] = _SignedSequence.apply(cell, steps, *tensors)  # type: ignore[no-untyped-call]
     return result
@@ -64,9 +65,9 @@ def signed_sequence(
 def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same in plain operations."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    input, hidden = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
+    input, hidden = (matrix.differentiable() for matrix in _matrices(tensors))
 
-    def product(x: Tensor, matrix: SignedMatrix, of_rows: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
+    def signed(x: Tensor, matrix: SignedMatrix, of_rows: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         y = x @ matrix.mean.t()
         if matrix.base is not None and matrix.s is not None and matrix.r is not None:
             out, width = matrix.mean.shape
@@ -75,8 +76,14 @@ def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
         return y if bias is None else y + (bias if bias.dim() == 1 else of_rows(bias))
 
     index = steps.index(x.device)
-    gates = product(x, input, lambda rows: rows.index_select(0, index), bias_x)
-    return unroll(cell, steps, gates, h0, c0, lambda h: product(h, hidden, lambda rows: rows[: len(h)], bias_h))
+    gates = signed(x, input, lambda rows: rows.index_select(0, index), bias_x)
+    return unroll(cell, steps, gates, h0, c0, lambda h: signed(h, hidden, lambda rows: rows[: len(h)], bias_h))
+
+
+def _matrices(tensors: Any) -> tuple[SignedMatrix, SignedMatrix]:
+    """The input and the recurrent matrix, of which the operands from the sixth on consist."""
+    count = len(SignedMatrix._fields)
+    return SignedMatrix(*tensors[5 : 5 + count]), SignedMatrix(*tensors[5 + count :])
 
 
 class _Rows:
@@ -96,6 +103,13 @@ class _Rows:
         view, spread = self.pair(buffer, values)
         view.mul_(spread)
         return buffer
+
+    def scale_columns_(self, buffer: Tensor, values: Tensor) -> None:
+        """:meth:`scale_` of a transposed buffer ``[n, total]``."""
+        if self.index is None:
+            buffer.view(len(buffer), len(self.steps.sizes), self.steps.rows).mul_(values.t().contiguous().unsqueeze(1))
+        else:
+            buffer.mul_(values.index_select(0, self.index).t())
 
     def scaled(self, buffer: Tensor, values: Tensor) -> Tensor:
         view, spread = self.pair(buffer, values)
@@ -121,51 +135,53 @@ class _Rows:
         return torch.zeros_like(like).index_add_(0, self.index, buffer)
 
 
-def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Output, last hidden and cell state; then what backward needs: the activated gates, and a second buffer of the cell."""
+def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Output, last hidden and cell state; then what backward needs: the activated gates, and two more buffers of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    rows, hidden = _Rows(steps, x.device), Hidden(SignedMatrix(*tensors[9:]), steps, forward=True)
-    gates = _input_products(rows, x, bias_x, SignedMatrix(*tensors[5:9]))
+    input, recurrent = _matrices(tensors)
+    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps)
+    gates = _input_products(rows, x, bias_x, input)
     if cell is Cell.LSTM:
-        output, cells = loops.lstm(steps, gates, h0, c0, hidden)
-        return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells
+        output, cells, bent = loops.lstm(steps, gates, h0, c0, hidden)
+        return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells, bent
     if cell is Cell.GRU:
         output, second = loops.gru(steps, gates, h0, bias_h, hidden)
-        return output, steps.final(output).clone(), None, gates, second
+        return output, steps.final(output).clone(), None, gates, second, None
     output = loops.rnn(cell, steps, gates, h0, hidden)
-    return output, steps.final(output).clone(), None, output, None
+    return output, steps.final(output).clone(), None, output, None, None
 
 
 def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix) -> Tensor:
-    mean, base, s, r = matrix
+    mean, base, s, r, *_ = matrix
     if base is None or s is None or r is None:
-        gates = torch.mm(x, mean.t())
+        gates = product(x, mean)
         return gates if bias is None else rows.add_(gates, bias)
-    gates = torch.mm(rows.scaled(x, numbers(s, x.shape[1], x.dtype)), base.t())
+    gates = product(rows.scaled(x, numbers(s, x.shape[1], x.dtype)), base)
     rows.scale_(gates, numbers(r, len(mean), x.dtype))
     if bias is not None:
         rows.add_(gates, bias)
-    return gates.addmm_(x, mean.t())
+    return product(x, mean, gates)
 
 
 class _SignedSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, h, c, gates, second = _forward(cell, steps, *tensors)
+        output, h, c, gates, *more = _forward(cell, steps, *tensors)
         ctx.cell, ctx.steps = cell, steps
         # a plain RNN's gates are its output, which is saved as that
-        ctx.save_for_backward(*tensors, output, None if gates is output else gates, second)
+        kept = [*tensors[:5], *(part for matrix in _matrices(tensors) for part in matrix.kept())]
+        ctx.save_for_backward(*kept, output, None if gates is output else gates, *more)
         ctx.set_materialize_grads(False)
         return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, output, gates, second = ctx.saved_tensors
+        *tensors, output, gates, second, third = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             found = _differentiable(ctx.cell, ctx.steps, tensors, needs, grads)
         else:
-            found = _backward(ctx.cell, ctx.steps, tensors, needs, grads, output, gates, second)
+            found = _backward(ctx.cell, ctx.steps, tensors, needs, grads, output, gates, second, third)
         return None, None, *found
 
 
@@ -182,57 +198,99 @@ def _differentiable(cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: A
     return [next(found) if need else None for need in needs]
 
 
+class _Slopes:
+    """The gradients D ``[total, out]`` of what a matrix contributes to the gates, and the products with them.
+
+    A copy laid out by gates is kept where weight gradients Dᵀ X come faster from it.
+    """
+
+    def __init__(self, rows: _Rows, buffer: Tensor) -> None:
+        self.rows, self.buffer = rows, buffer
+        self.turned = buffer.t().contiguous() if favours_rows(buffer) else None
+        self._signs: Tensor | None = None  # of the copy
+
+    def replace_(self, start: int, values: Tensor) -> None:
+        """Puts other gradients in the place of the gates from ``start`` on."""
+        self.buffer[:, start:] = values
+        if self.turned is not None:
+            self._turn(None)
+            self.turned[start:] = values.t()
+
+    def _turn(self, signs: Tensor | None) -> Tensor:
+        """The copy under other signs: signs undo themselves."""
+        assert self.turned is not None
+        change = [values for values in (self._signs, signs) if values is not None]
+        if change and self._signs is not signs:
+            self.rows.scale_columns_(self.turned, change[0] if len(change) == 1 else change[0] * change[1])
+        self._signs = signs
+        return self.turned
+
+    def weight(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+        """(R ∘ D)ᵀ X."""
+        if self.turned is not None:
+            return product(self._turn(signs), x.t())
+        if signs is None:
+            return torch.mm(self.buffer.t(), x)
+        found = torch.mm(self.rows.scale_(self.buffer, signs).t(), x)
+        self.rows.scale_(self.buffer, signs)
+        return found
+
+    def matrix(self, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
+        """The gradients of a matrix's parts: of the mean Dᵀ X, of ΔW (R ∘ D)ᵀ (S ∘ X), or what that makes of the mean or log σ."""
+        mean, base, s, r, unit, log_std = matrix
+        of_mean, of_base, *_, of_log_std = needs
+        found: list[Tensor | None] = [None] * len(needs)
+        if of_mean:
+            found[0] = self.weight(x)
+        if s is None or r is None or not (of_base or of_log_std or (of_mean and unit is not None)):
+            return found
+        s, r = numbers(s, mean.shape[1], x.dtype), numbers(r, len(mean), x.dtype)
+        slope = self.weight(self.rows.scaled(x, s), r)
+        if unit is not None and found[0] is not None:
+            found[0].addcmul_(slope, unit)
+        elif log_std is not None and base is not None:
+            found[5] = slope.mul_(base)
+        else:
+            found[1] = slope
+        return found
+
+    def input(self, matrix: SignedMatrix) -> Tensor:
+        """The gradient of the inputs, D W̄ + S ∘ ((R ∘ D) ΔW). D is used up."""
+        mean, base, s, r, *_ = matrix
+        gx = product(self.buffer, mean.t())
+        if base is not None and s is not None and r is not None:
+            self.rows.scale_(self.buffer, numbers(r, len(mean), gx.dtype))
+            self.rows.add_scaled_(gx, product(self.buffer, base.t()), numbers(s, mean.shape[1], gx.dtype))
+        return gx
+
+
 def _backward(
-    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor
+    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor, third: Tensor
 ) -> list[Tensor | None]:
     x, h0, c0, bias_x, bias_h = tensors[:5]
-    input, recurrent = SignedMatrix(*tensors[5:9]), SignedMatrix(*tensors[9:])
+    input, recurrent = (matrix.restored() for matrix in _matrices(tensors))
     gy, gh, gc = grads
     pieces = None if gy is None else gy.split(steps.sizes)
     dh = torch.zeros_like(h0) if gh is None else gh.clone(memory_format=torch.contiguous_format)
     dc = None if c0 is None else torch.zeros_like(c0) if gc is None else gc.clone(memory_format=torch.contiguous_format)
-    hidden, rows = Hidden(recurrent, steps, forward=False), _Rows(steps, x.device)
+    hidden, rows = Hidden(recurrent, steps, adjoint=True), _Rows(steps, x.device)
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
-        d_hidden, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
+        d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
     elif dc is not None:
-        d_hidden, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, hidden), None
+        d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, third, hidden), None
     else:
-        d_hidden, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
+        d, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
     found[1], found[2] = dh, dc
     if needs[4]:
-        found[4] = rows.sum(d_hidden, bias_h)
-    found[9:11] = _weight_gradients(rows, d_hidden, steps.previous(output, h0), recurrent, needs[9:11])
+        found[4] = rows.sum(d, bias_h)
+    slopes = _Slopes(rows, d)
+    middle = 5 + len(SignedMatrix._fields)
+    found[middle:] = slopes.matrix(steps.previous(output, h0), recurrent, needs[middle:])
     if d_candidate is not None:  # the input part of a GRU's candidate is not behind its reset gate
-        d_hidden[:, 2 * h0.shape[1] :] = d_candidate
+        slopes.replace_(2 * h0.shape[1], d_candidate)
     if needs[3]:
-        found[3] = rows.sum(d_hidden, bias_x)
-    found[0], found[5], found[6] = _input_gradients(rows, d_hidden, x, input, (needs[0], *needs[5:7]))
+        found[3] = rows.sum(d, bias_x)
+    found[5:middle] = slopes.matrix(x, input, needs[5:middle])
+    found[0] = slopes.input(input) if needs[0] else None
     return found
-
-
-def _weight_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> list[Tensor | None]:
-    """Dᵀ X for the mean and (R ∘ D)ᵀ (S ∘ X) for ΔW: products over all steps at once. Leaves D as it was, and X not."""
-    found: list[Tensor | None] = [torch.mm(d.t(), x) if needs[0] else None, None]
-    if needs[1] and matrix.s is not None and matrix.r is not None:
-        out, width = matrix.mean.shape
-        s, r = numbers(matrix.s, width, d.dtype), numbers(matrix.r, out, d.dtype)
-        found[1] = torch.mm(rows.scale_(d, r).t(), rows.scale_(x, s))
-        rows.scale_(d, r)  # signs undo themselves
-    return found
-
-
-def _input_gradients(rows: _Rows, d: Tensor, x: Tensor, matrix: SignedMatrix, needs: Any) -> tuple[Tensor | None, ...]:
-    """D W̄ + S ∘ ((R ∘ D) ΔW) for the inputs, and what :func:`_weight_gradients` gives for the matrix. D is used up."""
-    mean, base, s, r = matrix
-    gx = torch.mm(d, mean) if needs[0] else None
-    gw = torch.mm(d.t(), x) if needs[1] else None
-    gd = None
-    if base is not None and s is not None and r is not None and (needs[0] or needs[2]):
-        s = numbers(s, mean.shape[1], d.dtype)
-        rows.scale_(d, numbers(r, len(mean), d.dtype))
-        if needs[2]:
-            gd = torch.mm(d.t(), rows.scaled(x, s))
-        if gx is not None:
-            rows.add_scaled_(gx, torch.mm(d, base), s)
-    return gx, gw, gd

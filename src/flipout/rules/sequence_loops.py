@@ -5,12 +5,12 @@ Each takes what the inputs contribute to the gates of all steps and leaves only 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flipout.rules.onednn import stepwise
 from flipout.rules.sequence import Cell, Steps
 from flipout.signs import unpack
 
@@ -30,11 +30,6 @@ _sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope = torch.ops.aten.tanh_backward.grad_input
 _relu_slope = torch.ops.aten.threshold_backward.grad_input
 
-#: oneDNN's product with a weight in its own layout, where torch is built with it.
-_lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_LARGE = 2**19
-
 
 class SignedMatrix(NamedTuple):
     """A matrix of the layer, ``mean + r sᵀ ∘ base`` for each sequence.
@@ -44,85 +39,72 @@ class SignedMatrix(NamedTuple):
         base: ΔW ``[out, in]``, or None where the matrix is not perturbed.
         s: signs of the inputs, packed bits or numbers, one row a sequence.
         r: signs of the outputs, likewise.
+        unit: ε, where ``base`` is ε ∘ W̄ and has no gradient of its own: it goes to the mean.
+        log_std: log σ, where ``base`` is ε ∘ σ and has no gradient of its own: it goes there.
     """
 
     mean: Tensor
     base: Tensor | None = None
     s: Tensor | None = None
     r: Tensor | None = None
+    unit: Tensor | None = None
+    log_std: Tensor | None = None
+
+    def kept(self) -> SignedMatrix:
+        """What backward needs: not both ε and ΔW."""
+        return self if self.unit is None else self._replace(base=None)
+
+    def restored(self) -> SignedMatrix:
+        """The inverse of :meth:`kept`."""
+        return self if self.unit is None else self._replace(base=self.unit * self.mean)
+
+    def differentiable(self) -> SignedMatrix:
+        """The same with a base that has its gradient from what it was made of."""
+        base = self.base
+        if self.unit is not None:
+            base = self.unit * self.mean
+        elif self.log_std is not None and base is not None:
+            base = base * (self.log_std - self.log_std.detach()).exp()
+        return self._replace(base=base, unit=None, log_std=None)
 
 
 def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return unpack(signs, size, dtype) if signs.dtype == torch.uint8 else signs.to(dtype)
 
 
-def _laid_out(weight: Tensor | None, steps: Steps, least: int) -> Callable[[Tensor], Tensor] | None:
-    """h ↦ h Wᵀ with W brought once into the layout that the product computes in; None where that is not to be had, or no faster.
-
-    A product of a few rows with a large matrix spends much of its time on that layout. A plain layer on a CPU avoids it likewise.
-    """
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    if weight.numel() < _LARGE or len(steps.sizes) < least:
-        return None
-    if _lay_out is None or _product is None or not steps.rows or not torch.backends.mkldnn.enabled:
-        return None
-    packed = _lay_out(weight.detach(), steps.rows)
-    product: Callable[..., Tensor] = _product
-    return lambda h: product(h, packed, None, "none", [], "")
-
-
 class Hidden:
-    """The recurrent pair of products at one step, in buffers that all steps share."""
+    """The recurrent pair of products at one step, or its adjoint, in buffers that all steps share."""
 
-    def __init__(self, matrix: SignedMatrix, steps: Steps, forward: bool) -> None:
-        mean, self.base, s, r = matrix
+    def __init__(self, matrix: SignedMatrix, steps: Steps, adjoint: bool = False) -> None:
+        mean, base, s, r, *_ = matrix
+        if adjoint:
+            mean, base, s, r = mean.t(), None if base is None else base.t(), r, s
         out, width = mean.shape
-        rows = steps.rows
-        self.mean, self.mean_t = mean, mean.t()
-        if forward:
-            self.of_mean, self.of_base = (_laid_out(weight, steps, 8) for weight in (mean, self.base))
-        else:  # a transpose takes longer to lay out
-            transposed = self.mean_t, None if self.base is None else self.base.t()
-            self.of_mean, self.of_base = (_laid_out(weight, steps, 24) for weight in transposed)
-        if self.base is not None and s is not None and r is not None:
-            self.base_t = self.base.t()
-            self.s, self.r = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
+        rows, times = steps.rows, len(steps.sizes)
+        self._mean, self._of_mean = mean.t(), stepwise(mean, rows, times)
+        self._perturbed = base is not None
+        if base is not None and s is not None and r is not None:
+            self._base, self._of_base = base.t(), stepwise(base, rows, times)
+            self._signs = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
             self._buffers = mean.new_empty(rows, width), mean.new_empty(rows, out)
         self._size = -1
 
-    def _signs(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Signs and buffers of the first ``size`` sequences: s and r, then room for an input and for an output."""
-        if size != self._size:
-            self._size = size
-            self._cut = tuple(t[:size] for t in (self.s, self.r, *self._buffers))
-        return self._cut  # type: ignore[return-value]
-
-    def add_(self, gates: Tensor, h: Tensor) -> None:
-        """gates += W̄ h + r ∘ (ΔW (s ∘ h))."""
-        if self.of_mean is None:
-            gates.addmm_(h, self.mean_t)
+    def __call__(self, out: Tensor, x: Tensor, y: Tensor | None = None) -> None:
+        """out = W̄ x + r ∘ (ΔW (s ∘ x)), and ``y`` besides, which may be ``out`` itself; adjoint W̄ᵀ x + s ∘ (ΔWᵀ (r ∘ x))."""
+        if self._of_mean is not None:
+            y = self._of_mean(x, y)
         else:
-            gates.add_(self.of_mean(h))
-        if self.base is not None:
-            s, r, signed, z = self._signs(len(h))
-            torch.mul(h, s, out=signed)
-            z = torch.mm(signed, self.base_t, out=z) if self.of_base is None else self.of_base(signed)
-            gates.addcmul_(z, r)
-
-    def back_(self, dh: Tensor, gates: Tensor, keep: bool = False) -> None:
-        """dh = W̄ᵀ gates + s ∘ (ΔWᵀ (r ∘ gates)), added to dh if it is to keep its own."""
-        if self.of_mean is None:
-            dh.addmm_(gates, self.mean, beta=int(keep))
-        elif keep:
-            dh.add_(self.of_mean(gates))
-        else:
-            dh.copy_(self.of_mean(gates))
-        if self.base is not None:
-            s, r, y, signed = self._signs(len(dh))
-            torch.mul(gates, r, out=signed)
-            y = torch.mm(signed, self.base, out=y) if self.of_base is None else self.of_base(signed)
-            dh.addcmul_(y, s)
+            y = torch.mm(x, self._mean, out=out) if y is None else torch.addmm(y, x, self._mean, out=out)
+        if self._perturbed:
+            if len(x) != self._size:  # signs and buffers of the sequences that have this step
+                self._size = len(x)
+                self._cut = [t[: self._size] for t in (*self._signs, *self._buffers)]
+            s, r, signed, z = self._cut
+            torch.mul(x, s, out=signed)
+            z = torch.mm(signed, self._base, out=z) if self._of_base is None else self._of_base(signed)
+            torch.addcmul(y, z, r, out=out)
+        elif y is not out:
+            out.copy_(y)
 
 
 def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
@@ -130,11 +112,16 @@ def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:
     return [(t, pieces[t]) for t in steps.order]
 
 
+def _first(state: Tensor, size: int) -> Tensor:
+    """The state of the sequences that have a step."""
+    return state if len(state) == size else state[:size]
+
+
 def rnn(cell: Cell, steps: Steps, gates: Tensor, h0: Tensor, hidden: Hidden) -> Tensor:
     """The hidden states, in the memory of the gates."""
     h = h0
     for _, piece in _walk(steps, gates):
-        hidden.add_(piece, steps.active(h, h0, len(piece)))
+        hidden(piece, steps.active(h, h0, len(piece)), piece)
         h = piece.tanh_() if cell is Cell.TANH else piece.relu_()
     return gates
 
@@ -146,39 +133,40 @@ def rnn_backward(cell: Cell, steps: Steps, gy: Any, dh: Tensor, output: Tensor, 
     else:
         _relu_slope(slope, output, 0, grad_input=slope)
     for t, d in reversed(_walk(steps, slope)):
-        now = dh[: len(d)]
+        now = _first(dh, len(d))
         if gy is not None:
             now.add_(gy[t])
         d.mul_(now)
-        hidden.back_(now, d)
+        hidden(now, d)
     return slope
 
 
-def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+def lstm(steps: Steps, gates: Tensor, h0: Tensor, c0: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates in place; the hidden states, the cell states and the hyperbolic tangents of these."""
     n, sizes = h0.shape[1], steps.sizes
-    output, cells = gates.new_empty(len(gates), n), gates.new_empty(len(gates), n)
+    output, cells, bent = (gates.new_empty(len(gates), n) for _ in range(3))
+    tanhs = bent.split(sizes)
     outputs, states, both = output.split(sizes), cells.split(sizes), gates[:, : 2 * n].split(sizes)
     i, f, g, o = (gate.split(sizes) for gate in gates.chunk(4, 1))
     h, c = h0, c0
     for t, piece in _walk(steps, gates):
         h, c = steps.active(h, h0, len(piece)), steps.active(c, c0, len(piece))
-        hidden.add_(piece, h)
+        hidden(piece, h, piece)
         both[t].sigmoid_()
         g[t].tanh_()
         o[t].sigmoid_()
         c = torch.mul(f[t], c, out=states[t]).addcmul_(i[t], g[t])
-        h = torch.tanh(c, out=outputs[t]).mul_(o[t])
-    return output, cells
+        h = torch.mul(torch.tanh(c, out=tanhs[t]), o[t], out=outputs[t])
+    return output, cells, bent
 
 
 def lstm_backward(
-    steps: Steps, gy: Any, dh: Tensor, dc: Tensor, c0: Tensor, gates: Tensor, cells: Tensor, hidden: Hidden
+    steps: Steps, gy: Any, dh: Tensor, dc: Tensor, c0: Tensor, gates: Tensor, cells: Tensor, tanh_c: Tensor, hidden: Hidden
 ) -> Tensor:
     sizes, n = steps.sizes, c0.shape[1]
     i, f, g, o = gates.chunk(4, 1)
     d = torch.empty_like(gates)
     d_i, d_f, d_g, d_o = d.chunk(4, 1)
-    tanh_c = torch.tanh(cells)
     _sigmoid_slope(g, i, grad_input=d_i)
     _sigmoid_slope(steps.previous(cells, c0), f, grad_input=d_f)
     _tanh_slope(i, g, grad_input=d_g)
@@ -186,14 +174,14 @@ def lstm_backward(
     through = torch.ops.aten.tanh_backward(o, tanh_c).split(sizes)  # how the output moves with the cell state
     forget, of_cell, of_output = f.split(sizes), d[:, : 3 * n].unflatten(1, (3, n)).split(sizes), d_o.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
-        now, cell = dh[: len(d_t)], dc[: len(d_t)]
+        now, cell = _first(dh, len(d_t)), _first(dc, len(d_t))
         if gy is not None:
             now.add_(gy[t])
         cell.addcmul_(now, through[t])
         of_cell[t].mul_(cell.unsqueeze(1))
         of_output[t].mul_(now)
         cell.mul_(forget[t])
-        hidden.back_(now, d_t)
+        hidden(now, d_t)
     return d
 
 
@@ -211,7 +199,7 @@ def gru(steps: Steps, gates: Tensor, h0: Tensor, bias: Tensor | None, hidden: Hi
             y.zero_()
         else:
             y.copy_(bias if bias.dim() == 1 else bias[:size])
-        hidden.add_(y, h)
+        hidden(y, h, y)
         both[t].add_(y[:, : 2 * n]).sigmoid_()
         h_n[t].copy_(y[:, 2 * n :])
         n_t[t].addcmul_(r[t], h_n[t]).tanh_()
@@ -234,11 +222,11 @@ def gru_backward(
     torch.mul(inner, r, out=d_n)
     kept, of_all, of_input = z.split(sizes), d.unflatten(1, (3, width)).split(sizes), inner.split(sizes)
     for t, d_t in reversed(_walk(steps, d)):
-        now = dh[: len(d_t)]
+        now = _first(dh, len(d_t))
         if gy is not None:
             now.add_(gy[t])
         of_all[t].mul_(now.unsqueeze(1))
         of_input[t].mul_(now)
         now.mul_(kept[t])
-        hidden.back_(now, d_t, keep=True)
+        hidden(now, d_t, now)
     return d, inner

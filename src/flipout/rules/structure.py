@@ -6,7 +6,6 @@ factors; sign bits are left packed wherever the axes they vary along survive.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,131 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flipout.errors import DrawError
 from flipout.estimators import Estimator
 from flipout.registry import rule
-from flipout.signs import packed_size
+from flipout.rules.axes import permute, reshape, take
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
-__all__ = ["permute", "reshape", "take"]
-
-
-def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
-    """Permutes the axes of the weight: axis ``order[i]`` becomes axis ``i``."""
-    order = [axis % weight.mean_weight.dim() for axis in order]
-    place = {old: new for new, old in enumerate(order)}
-
-    def of_term(term: Term) -> Term:
-        factors = tuple(replace(f, axes=tuple(place[axis] for axis in f.axes)) for f in term.factors)
-        if term.per_member:
-            base = term.base.permute(0, *(1 + axis for axis in order))
-        else:
-            base = term.base.permute(order) if term.base.dim() else term.base
-        return Term(base, factors, term.per_member)
-
-    return weight.replace(weight.mean_weight.permute(order), [of_term(term) for term in weight.terms])
-
-
-def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
-    """Reads the weight's entries, in order, under another shape."""
-    old = weight.mean_weight.shape
-    mean = weight.mean_weight.reshape(tuple(shape))
-    groups = _matched(old, mean.shape)
-
-    def of_factor(factor: Factor) -> Factor:
-        touched = [group for group in groups if set(group[0]) & set(factor.axes)]
-        whole = [axis for before, _ in touched for axis in before if old[axis] != 1]
-        kept = [axis for axis in factor.axes if old[axis] != 1]
-        if not kept:  # one sign for all entries
-            return replace(factor, axes=(), sizes=())
-        after = [axis for _, axes in touched for axis in axes if mean.shape[axis] != 1]
-        axes, sizes = tuple(after), tuple(mean.shape[axis] for axis in after)
-        if whole == kept:  # the factor varies along all that is regrouped: its layout stays
-            return replace(factor, axes=axes, sizes=sizes)
-        if factor.values is None:
-            raise DrawError("a view that mixes axes with signs and axes without cannot be read per token")
-        values = factor.broadcast(len(old), weight.mean_weight.dtype)
-        values = values.expand(-1, *(size if axis in whole else 1 for axis, size in enumerate(old)))
-        return Factor(values.reshape(values.shape[0], math.prod(sizes)), axes, sizes, packed=False)
-
-    def of_term(term: Term) -> Term:
-        base = term.base
-        if term.per_member:
-            base = base.reshape(base.shape[0], *mean.shape)
-        elif base.dim():
-            base = base.expand(old).reshape(mean.shape)
-        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
-
-    return weight.replace(mean, [of_term(term) for term in weight.terms])
-
-
-def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> PerturbedWeight:
-    """Selects along one axis, which stays."""
-    axis %= weight.mean_weight.dim()
-
-    def pick(tensor: Tensor, at: int) -> Tensor:
-        return tensor[(slice(None),) * at + (index,)]
-
-    mean = pick(weight.mean_weight, axis)
-
-    def of_factor(factor: Factor) -> Factor:
-        if axis not in factor.axes:
-            return factor
-        at = factor.axes.index(axis)
-        sizes = (*factor.sizes[:at], mean.shape[axis], *factor.sizes[at + 1 :])
-        if factor.values is None:
-            return replace(factor, sizes=sizes)
-        if (bits := _packed_slice(factor, index)) is not None:
-            return replace(factor, values=bits, sizes=sizes)
-        values = pick(factor.flat(weight.mean_weight.dtype).view(-1, *factor.sizes), 1 + at)
-        return Factor(values.reshape(values.shape[0], math.prod(sizes)), factor.axes, sizes, packed=False)
-
-    def of_term(term: Term) -> Term:
-        base = term.base
-        if base.dim():
-            base = pick(base, axis + term.per_member)
-        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
-
-    return weight.replace(mean, [of_term(term) for term in weight.terms])
-
-
-def _packed_slice(factor: Factor, index: slice | Tensor) -> Tensor | None:
-    """The bits of a run of signs that starts at a whole byte, still packed; None for any other selection."""
-    if factor.values is None or not factor.packed or len(factor.axes) != 1 or not isinstance(index, slice):
-        return None
-    start, stop, step = index.indices(factor.count)
-    if step != 1 or start % 8 or stop <= start:
-        return None
-    return factor.values[:, start // 8 : packed_size(stop)]
-
-
-def _matched(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits two shapes of one count of entries into the smallest runs of axes with equal products."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before: list[int] = []
-        after: list[int] = []
-        left = right = 1
-        while True:
-            if left == right and (before or after) and left != 1:
-                break
-            if left <= right and i < len(old):
-                before.append(i)
-                left *= old[i]
-                i += 1
-            elif j < len(new):
-                after.append(j)
-                right *= new[j]
-                j += 1
-            elif i < len(old):
-                before.append(i)
-                left *= old[i]
-                i += 1
-            else:
-                break
-        groups.append((before, after))
-    return groups
+__all__ = ["index_basic"]
 
 
 # --- transposes -------------------------------------------------------------------------------------------------------
