@@ -91,16 +91,16 @@ _TRANSFORMER = replace(_CHAR, level="transformer", model=_GPT2, training=replace
 
 _LAPTOP: Mapping[str, Any] = {"samples": 8, "draws": 100}
 _SMALL_CHAR = replace(
-    _AMSGRAD, epochs=30, window=50, learning_rate=0.008, patience=6, evaluation_rows=32, watched=50_000
+    _AMSGRAD, epochs=32, window=50, learning_rate=0.008, patience=6, evaluation_rows=32, watched=50_000
 )  # fmt: skip
-_SMALL_WORD = replace(_SGD, epochs=30, batch=20, learning_rate=20.0, evaluation_rows=20, watched=20_000)
+_SMALL_WORD = replace(_SGD, epochs=24, batch=20, learning_rate=20.0, evaluation_rows=20, watched=20_000)
 _SMOKE: Mapping[str, Any] = {"seeds": 2, "train_tokens": 400, "held_tokens": 400, "samples": 2, "draws": 8, "download": False}
 _FEW: Mapping[str, Any] = {"epochs": 2, "batch": 4, "window": 10, "evaluation_rows": 8, "watched": 200, "save_steps": 4}
 
 _PRESETS: Mapping[str, Mapping[str, RegularizationSettings]] = {
     "char": {
         "smoke": replace(_CHAR, model=ModelSettings("char", 8), training=replace(_AMSGRAD, **_FEW), **_SMOKE),
-        "laptop": replace(_CHAR, model=ModelSettings("char", 256), training=_SMALL_CHAR, train_tokens=200_000, **_LAPTOP),
+        "laptop": replace(_CHAR, model=ModelSettings("char", 256), training=_SMALL_CHAR, train_tokens=120_000, **_LAPTOP),
         "paper": _CHAR,
     },
     "word": {
