@@ -19,7 +19,7 @@ from flipout.select import Site, check_generator, rows_dim, select, unbatched_ra
 from flipout.slots import Placement, first_batch
 from flipout.weight import PerturbedWeight
 
-__all__ = ["Perturbed", "perturbed"]
+__all__ = ["Perturbed", "in_place", "perturbed"]
 
 
 class Perturbed(nn.Module):
@@ -85,6 +85,11 @@ class Perturbed(nn.Module):
         self._sites = sites
         self._held: Draw | None = None
         self._sampling = False
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The perturbed parameters."""
+        return tuple(self._sites)
 
     @property
     def noises(self) -> dict[str, Noise]:
@@ -248,19 +253,28 @@ def perturbed(
     if any(site.noise.learnable for site in net._sites):
         raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
     draw = _LateDraw(net, None if members is None else _member_count(members))
+    with in_place(net, draw):
+        yield draw
+
+
+@contextmanager
+def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
+    """Perturbs ``net.module`` itself by a draw of it, at every call of the module or of a part of it inside the context.
+
+    Between calls its parameters are its own. While the context lasts, ``draw.module(n)`` takes the hooks off for its copy.
+    """
     calls = draw.calls = _Calls(net, draw)
     calls.attach()
     try:
-        yield draw
+        yield
     finally:
+        draw.calls = None
         calls.detach()
         calls.restore()
 
 
 class _LateDraw(Draw):
     """A draw whose number of members may be found at the first call."""
-
-    calls: _Calls
 
     def __init__(self, net: Perturbed, members: int | None) -> None:
         self._net = net
@@ -277,14 +291,6 @@ class _LateDraw(Draw):
         net = self._net
         super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
 
-    def module(self, n: int) -> nn.Module:
-        attached = self.calls.detach()  # hooks would be copied along
-        try:
-            return super().module(n)
-        finally:
-            if attached:
-                self.calls.attach()
-
     def _require_members(self) -> None:
         if not self.started:
             raise DrawError("the draw has no members yet: call the module first, or pass perturbed(..., members=N)")
@@ -297,7 +303,7 @@ class _LateDraw(Draw):
 class _Calls:
     """Puts the perturbed weights in place for the outermost call among a module's parts, and back after it."""
 
-    def __init__(self, net: Perturbed, draw: _LateDraw) -> None:
+    def __init__(self, net: Perturbed, draw: Draw) -> None:
         self.net, self.draw = net, draw
         self.depth = 0
         self.placed: Placement | None = None
@@ -308,12 +314,19 @@ class _Calls:
             self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
             self._handles.append(part.register_forward_hook(self.leave, always_call=True))
 
-    def detach(self) -> bool:
-        """Removes the hooks and says whether there were any."""
+    def detach(self) -> None:
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
-        return bool(handles)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Takes the hooks off for a while."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         self.depth += 1
@@ -323,7 +336,7 @@ class _Calls:
             net, draw = self.net, self.draw
             dim = rows_dim(part, net.batch_dim)
             rows = _count_rows(part, dim, args, kwargs)
-            if not draw.started:
+            if isinstance(draw, _LateDraw) and not draw.started:
                 draw.start(rows)
             _require_blocks(rows, draw, dim)
             self.placed = Placement(_slots(net._sites), draw.slot_weights(rows, dim))
