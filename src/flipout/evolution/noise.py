@@ -91,7 +91,9 @@ class Directions:
         unit = self._numbers(place, 0, 1, count, target).mul_(self.law.std)
         return unit.view(target.mean.shape)
 
-    def _signs(self, i: int, target: Target, places: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], few: bool) -> tuple[Factor, ...]:
+    def _signs(
+        self, i: int, target: Target, places: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], few: bool
+    ) -> tuple[Factor, ...]:
         widths = [packed_size(math.prod(sizes)) for _, sizes in places]
         drawn = self.counters.bits(Place(self.generation, 0, _DRAWS * i + 1), self.start, self.stop, 8 * sum(widths))
         factors = []

@@ -192,7 +192,9 @@ class EvolutionStrategy:
         for first, last in self._chunks(start, stop):
             with self.ask(first, last) as members:
                 fitness = evaluate(self.module, members)
-            found.append(require_fitness(fitness, last - first, f"the fitness that evaluate returned for members {first} to {last - 1}"))
+            found.append(
+                require_fitness(fitness, last - first, f"the fitness that evaluate returned for members {first} to {last - 1}")
+            )
         return torch.cat(found)
 
     def step(self, evaluate: Evaluate) -> Tensor:
