@@ -80,7 +80,7 @@ class Rollouts:
         Raises:
             EvaluationError: if an environment raises; the strategy's state is kept, and environments are made anew.
         """
-        self._begin(members.generation)
+        self.begin(members.generation)
         seeds = members.seeds.numpy()
         total = np.zeros(members.count)
         for episode in range(self.episodes):
@@ -111,6 +111,17 @@ class Rollouts:
         if self.normalizer is not None and collected is not None:
             self.normalizer.merge(collected)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The normalisation, for a checkpoint or for workers."""
+        normalizer = None if self.normalizer is None else self.normalizer.state_dict()
+        return {"generation": self._generation, "normalizer": normalizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved normalisation."""
+        self._generation = state["generation"]
+        if self.normalizer is not None:
+            self.normalizer.load_state_dict(state["normalizer"])
+
     def close(self) -> None:
         """Closes the environments."""
         if self._envs is not None:
@@ -119,8 +130,8 @@ class Rollouts:
 
     _observing = True
 
-    def _begin(self, generation: int) -> None:
-        """Lets what the last generation observed count from now on."""
+    def begin(self, generation: int) -> None:
+        """Lets what the generation before has observed count from now on. Called by each evaluation."""
         if self.normalizer is not None and self._generation is not None and generation != self._generation:
             self.normalizer.update()
         self._generation = generation
