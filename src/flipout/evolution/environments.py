@@ -106,7 +106,8 @@ def action_reader(space: gym.Space[Any]) -> Callable[[Tensor], Any]:
     if isinstance(space, gym.spaces.Box):
         low, high, shape = space.low, space.high, space.shape
         bounded = np.isfinite(low) & np.isfinite(high)
-        middle, half = np.where(bounded, (low + high) / 2, 0), np.where(bounded, (high - low) / 2, 1)
+        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        middle, half = (low + high) / 2, (high - low) / 2
 
         def read(output: Tensor) -> Any:
             values = output.double().cpu().numpy().reshape(-1, *shape)
