@@ -138,7 +138,7 @@ def test_a_run_saved_and_loaded_goes_on_to_the_same_result(tmp_path):
         torch.manual_seed(0)
         policy = nn.Linear(4, 2)
         es = EvolutionStrategy(policy, 0.3, 8, seed=1)
-        return es, torch.optim.Adam(policy.parameters(), lr=0.1), Rollouts("CartPole-v1", normalize=True, max_steps=80)
+        return es, torch.optim.Adam(policy.parameters(), lr=0.01), Rollouts("CartPole-v1", normalize=True, max_steps=80)
 
     def go(es, optimiser, rollouts, generations):
         for _ in range(generations):
