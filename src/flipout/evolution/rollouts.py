@@ -102,6 +102,13 @@ class Rollouts:
         finally:
             self._observing = kept
 
+    @torch.no_grad()
+    def act(self, policy: nn.Module, observations: Any) -> Any:
+        """The actions of a plain feed-forward policy on observations ``[n, ...]`` as the environment gives them."""
+        like = next(policy.parameters())
+        seen = observation_tensor(self.observation_space, observations, like.device, like.dtype)
+        return self._action(policy(seen if self.normalizer is None else self.normalizer(seen)))
+
     def collect(self) -> Any:
         """What the normalisation has observed, for another process to :meth:`merge`."""
         return None if self.normalizer is None else self.normalizer.collect()
@@ -112,13 +119,13 @@ class Rollouts:
             self.normalizer.merge(collected)
 
     def state_dict(self) -> dict[str, Any]:
-        """The normalisation, for a checkpoint or for workers."""
+        """The normalisation and the count of steps, for a checkpoint or for workers."""
         normalizer = None if self.normalizer is None else self.normalizer.state_dict()
-        return {"generation": self._generation, "normalizer": normalizer}
+        return {"generation": self._generation, "steps": self.steps, "normalizer": normalizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved normalisation."""
-        self._generation = state["generation"]
+        self._generation, self.steps = state["generation"], state["steps"]
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
 
