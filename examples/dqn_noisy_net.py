@@ -1,4 +1,4 @@
-"""A Stable-Baselines3 DQN with learnable noise on its weights (NoisyNet, Fortunato et al. 2018), its own for every row of a batch."""
+"""A Stable-Baselines3 DQN with learnable noise on its weights (NoisyNet, Fortunato et al. 2018), drawn for every row by itself."""
 
 import argparse
 from typing import Any

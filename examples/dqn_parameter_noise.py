@@ -1,4 +1,4 @@
-"""A Stable-Baselines3 DQN that explores by noise on its weights, one set for each sub-environment's episode (Plappert et al. 2018)."""
+"""A Stable-Baselines3 DQN that explores by noisy weights, one set for each sub-environment's episode (Plappert et al. 2018)."""
 
 import argparse
 from typing import Any

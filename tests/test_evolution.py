@@ -430,7 +430,7 @@ def test_dropped_pairs_are_left_out_and_the_rest_is_normalised():
         es.tell(f, kept=half)
     with pytest.raises(flipout.ArgumentError, match="no member is kept"):
         es.tell(f, kept=torch.zeros(8, dtype=torch.bool))
-    with pytest.raises(flipout.ArgumentError, match="expected torch.bool"):
+    with pytest.raises(flipout.ArgumentError, match=r"expected torch\.bool"):
         es.tell(f, kept=torch.ones(8))
 
 

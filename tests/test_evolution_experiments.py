@@ -102,7 +102,19 @@ def test_train_es_from_the_command_line(tmp_path):
 
     from flipout.experiments.commands import app
 
-    words = ["train-es", "CartPole-v1", "--population", "4", "--generations", "2", "--hidden", "0", "--no-video", "--out", str(tmp_path / "run")]
+    words = [
+        "train-es",
+        "CartPole-v1",
+        "--population",
+        "4",
+        "--generations",
+        "2",
+        "--hidden",
+        "0",
+        "--no-video",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "2 generations; mean return" in done.output

@@ -76,7 +76,10 @@ def test_a_worker_killed_in_mid_generation_changes_no_bit(tmp_path, caplog):
 def test_a_range_that_keeps_failing_is_dropped_in_whole_pairs(caplog):
     with caplog.at_level(logging.WARNING, "flipout.evolution"):
         es, fitness = run(generations=1, workers=1, fails=(24, 40))
-    assert "members 24 to 31: failed 2 times, the last time with ValueError: no luck with 24; these 8 members are dropped" in caplog.text
+    assert (
+        "members 24 to 31: failed 2 times, the last time with ValueError: no luck with 24; these 8 members are dropped"
+        in caplog.text
+    )
     assert fitness[0].isnan().nonzero().flatten().tolist() == [*range(24, 32), *range(40, 48)]
     single, _ = strategy()
     single.chunk = 8
@@ -90,9 +93,9 @@ def test_a_range_that_keeps_failing_is_dropped_in_whole_pairs(caplog):
 
 def test_a_generation_without_any_fitness_raises_and_keeps_the_state():
     es, _ = strategy()
-    with flipout.evolution.RayWorkers(es, evaluator(fails=range(64)), workers=1, range_size=32, retries=0) as workers:
-        with pytest.raises(flipout.errors.EvaluationError, match="every range of members failed 1 times; .*no luck with"):
-            workers.step()
+    failing = flipout.evolution.RayWorkers(es, evaluator(fails=range(64)), workers=1, range_size=32, retries=0)
+    with failing, pytest.raises(flipout.errors.EvaluationError, match=r"every range of members failed 1 times; .*no luck with"):
+        failing.step()
     assert es.generation == 0
     assert all(p.grad is None for p in es.module.parameters())
 

@@ -63,7 +63,9 @@ def test_an_environment_that_raises_says_where_and_keeps_the_state():
     class Blocked(Corridor):
         fails_at = 2
 
-    with pytest.raises(flipout.errors.EvaluationError, match=r"environment \d+ raised RuntimeError at step \d on action .*the corridor is blocked"):
+    with pytest.raises(
+        flipout.errors.EvaluationError, match=r"environment \d+ raised RuntimeError at step \d on action .*the corridor is blocked"
+    ):
         es.step(Rollouts(Blocked))
     assert es.generation == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
@@ -200,7 +202,9 @@ def test_the_scale_of_parameter_noise_finds_its_target():
 def test_noisy_nets_learn_their_scales():
     net = noisy(nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2)), std=0.5)
     scales = {name: float(p.detach().exp().mean()) for name, p in net.log_std.items()}
-    assert scales == {key: pytest.approx(0.5 / math.sqrt(3 if key[0] == "0" else 4)) for key in ("0/weight", "0/bias", "3/weight", "3/bias")}
+    assert scales == {
+        key: pytest.approx(0.5 / math.sqrt(3 if key[0] == "0" else 4)) for key in ("0/weight", "0/bias", "3/weight", "3/bias")
+    }
     net(torch.randn(6, 1, 4)).square().mean().backward()
     assert all(p.grad is not None for p in net.noise_parameters())
     with pytest.raises(flipout.ArgumentError, match="no linear layer or convolution"):

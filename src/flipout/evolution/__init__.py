@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flipout.evolution.checkpoint import load_checkpoint, save_checkpoint
 from flipout.evolution.exploration import ParameterNoise, noisy
+from flipout.evolution.language import Generation
 from flipout.evolution.members import Members
 from flipout.evolution.normalization import ObservationNormalizer
 from flipout.evolution.strategy import EvolutionStrategy
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvolutionStrategy",
+    "Generation",
     "Members",
     "ObservationNormalizer",
     "ParameterNoise",

@@ -44,14 +44,16 @@ def save_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
         ...     save_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
         ...     load_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
     """
-    states = {name: part.state_dict() for name, part in {"strategy": es, "module": es.module, **parts}.items()}
+    states = {name: part.state_dict() for name, part in _all(es, parts).items()}
     content = io.BytesIO()
     torch.save(states, content)
     content.seek(0)
     try:
         torch.load(content, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ArgumentError(f"the state for {path} could not be loaded again without running code from the file: {error}") from error
+        raise ArgumentError(
+            f"the state for {path} could not be loaded again without running code from the file: {error}"
+        ) from error
     replace_file(Path(path), content.getbuffer())
 
 
@@ -68,5 +70,9 @@ def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
         raise ArgumentError(f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]})") from error
     if missing:
         raise ArgumentError(f"the checkpoint {path} has {sorted(states)}: pass the parts that it was saved with, by the same names")
-    for name, part in {"strategy": es, "module": es.module, **parts}.items():
+    for name, part in _all(es, parts).items():
         part.load_state_dict(states[name])
+
+
+def _all(es: EvolutionStrategy, parts: dict[str, Stateful]) -> dict[str, Stateful]:
+    return {"strategy": es, "module": es.module, **parts}

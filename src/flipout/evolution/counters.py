@@ -1,12 +1,12 @@
 """Noise as a function of where it is used: (seed, generation, base, parameter, member), and of nothing else.
 
-The random words come from Philox (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*), a generator without state: the
-words at a counter are a bijection of the counter under the seed's key. Here the four words of the counter are
+The random words come from Philox (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*), a generator without state:
+the words at a counter are a bijection of the counter under the seed's key. Here the four words of the counter are
 
     (position, parameter, base, generation)
 
-with a block of positions of its own for every member, so that no two uses share a word, and any member of any generation can be drawn
-alone, in any chunk, on any machine. Words are made on the CPU and moved, so devices agree as well.
+with a block of positions of its own for every member, so that no two uses share a word, and any member of any generation can be
+drawn alone, in any chunk, on any machine. Words are made on the CPU and moved, so devices agree as well.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from flipout.errors import ArgumentError, EvaluationError
 __all__ = ["EpisodeVectorEnv", "action_reader", "make_env", "observation_shape", "observation_tensor"]
 
 
-class EpisodeVectorEnv(SyncVectorEnv):  # type: ignore[type-arg]
+class EpisodeVectorEnv(SyncVectorEnv):
     """Sub-environments that play one episode each: those that have ended are left alone, at no cost.
 
     Args:
@@ -92,7 +92,8 @@ def observation_tensor(space: gym.Space[Any], observations: Any, device: torch.d
 def action_reader(space: gym.Space[Any]) -> Callable[[Tensor], Any]:
     """What a policy's output ``[n, k]`` means for a space of actions.
 
-    Discrete: the largest of k = n scores. MultiBinary: where the output is positive. Box: tanh of it, stretched to the bounds, or the
+    Discrete: the largest of k = n scores. MultiBinary: where the output is positive. Box: tanh of it, stretched to the bounds, or
+        the
     output itself where there are none.
 
     Raises:

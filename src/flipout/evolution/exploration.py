@@ -1,4 +1,4 @@
-"""Exploration by noisy weights: one set for an episode (Plappert et al. 2018), or learnable noise at every step (Fortunato et al. 2018)."""
+"""Exploration by noisy weights: one set an episode (Plappert et al. 2018), or learnable at every step (Fortunato et al. 2018)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ __all__ = ["ParameterNoise", "noisy"]
 class ParameterNoise:
     """Noise on a policy's weights that stays for an episode, with its own weights for every sub-environment.
 
-    Plappert et al. 2018, *Parameter space noise for exploration*: actions follow one perturbed policy from the start of an episode to
-    its end, so that exploration is consistent in the state. Here the rows of a batch are the sub-environments of a vector
-    environment, and all have different weights for one batched pass. The policy itself is never touched.
+    Plappert et al. 2018, *Parameter space noise for exploration*: actions follow one perturbed policy from the start of an
+    episode to its end, so that exploration is consistent in the state. Here the rows of a batch are the sub-environments of a
+    vector environment, and all have different weights for one batched pass. The policy itself is never touched.
 
     Args:
         policy: any module; its first tensor argument has a row for each sub-environment.
         std: σ at the start.
         envs: how many sub-environments.
-        target: the distance between the actions of the noisy and of the clean policy that :meth:`adapt` aims at; None leaves σ as it is.
+        target: the distance between the actions of the noisy and of the clean policy that :meth:`adapt` aims at; None leaves σ as
+            it is.
         factor: by which :meth:`adapt` changes σ.
         estimator: how sub-environments share a draw.
         seed: of the noise.
@@ -69,7 +70,8 @@ class ParameterNoise:
         if not factor > 1:
             raise ArgumentError(f"factor={factor!r}: expected a number above 1")
         self.envs, self.target, self.factor, self.std = envs, target, factor, float(std)
-        self._policy, self._options = policy, {"estimator": estimator, "include": include, "exclude": exclude}
+        self._policy = policy
+        self._options: dict[str, Any] = {"estimator": estimator, "include": include, "exclude": exclude}
         self._generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
         self._hold(self.std)
 
@@ -125,8 +127,8 @@ def _root_mean_square(noisy_output: Tensor, clean: Tensor) -> Tensor:
 def noisy(module: nn.Module, std: float = 0.5, estimator: Estimator = Flipout(), **options: Any) -> Perturbed:  # noqa: B008
     """A net with learnable noise on its linear layers and convolutions, as NoisyNet has, but with its own weights for every row.
 
-    Fortunato et al. 2018, *Noisy networks for exploration*: W = W̄ + Σ ∘ ε with Σ learned by the same loss, starting at ``std / √fan_in``
-    for weights and biases. NoisyNet shares one ε among the rows of a batch; here every row of a replay batch, and every
+    Fortunato et al. 2018, *Noisy networks for exploration*: W = W̄ + Σ ∘ ε with Σ learned by the same loss, starting at ``std /
+    √fan_in`` for weights and biases. NoisyNet shares one ε among the rows of a batch; here every row of a replay batch, and every
     sub-environment, has its own (in training mode; in evaluation mode the net is its means).
 
     Args:

@@ -79,8 +79,8 @@ class Members(Draw):
             return values if values.dim() == 1 else values.flatten(1).mean(1)
         if values.dim() != 1 or not values.numel() or values.numel() % self.count:
             raise BatchError(
-                f"values of shape {tuple(values.shape)} do not divide into {self.count} members; give {self.count} rows, or one value "
-                f"for each of k·{self.count} rows in member-major blocks"
+                f"values of shape {tuple(values.shape)} do not divide into {self.count} members; give {self.count} rows, or one "
+                f"value for each of k·{self.count} rows in member-major blocks"
             )
         return values.view(self.count, -1).mean(1)
 

@@ -1,7 +1,7 @@
 """What the members of a generation are perturbed by: the samples of an estimator, drawn from counters.
 
-A *direction* is a perturbation ΔW_p. With antithetic pairs, members 2p and 2p + 1 are W̄ + ΔW_p and W̄ - ΔW_p; without, a member has a
-direction to itself. Pairs are made by the signs alone: under flipout -ΔW ∘ (r sᵀ) = ΔW ∘ ((-r) sᵀ).
+A *direction* is a perturbation ΔW_p. With antithetic pairs, members 2p and 2p + 1 are W̄ + ΔW_p and W̄ - ΔW_p; without, a member
+has a direction to itself. Pairs are made by the signs alone: under flipout -ΔW ∘ (r sᵀ) = ΔW ∘ ((-r) sᵀ).
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ __all__ = ["ObservationNormalizer"]
 class ObservationNormalizer:
     """Observations less their running mean, over their running standard deviation, the same for every member of a generation.
 
-    What a generation sees is collected with :meth:`observe` and counts from the next one on (:meth:`update`), so that all members of
-    a generation are compared under one normalisation, in whatever chunks they run.
+    What a generation sees is collected with :meth:`observe` and counts from the next one on (:meth:`update`), so that all members
+    of a generation are compared under one normalisation, in whatever chunks they run.
 
     Args:
         shape: of one observation.
@@ -50,7 +50,7 @@ class ObservationNormalizer:
             return observations
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(1e-8).sqrt()
-        scaled = (observations - mean.to(observations)) / std.to(observations)
+        scaled: Tensor = (observations - mean.to(observations)) / std.to(observations)
         return scaled.clamp(-self.clip, self.clip)
 
     def observe(self, observations: Tensor) -> None:

@@ -90,7 +90,12 @@ class RayWorkers:
     ) -> None:
         each = 2 if es.antithetic else 1
         size = -(-es.population // (8 * each)) * each if range_size is None else range_size
-        for name, value, least in (("workers", workers, 1), ("range_size", size, each), ("retries", retries, 0), ("threads", threads, 1)):
+        for name, value, least in (
+            ("workers", workers, 1),
+            ("range_size", size, each),
+            ("retries", retries, 0),
+            ("threads", threads, 1),
+        ):
             if not isinstance(value, int) or value < least or (name == "range_size" and value % each):
                 raise ArgumentError(f"{name}={value!r}: expected {'whole pairs' if name == 'range_size' else f'at least {least}'}")
         self.es, self.retries = es, retries
@@ -101,7 +106,7 @@ class RayWorkers:
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         self._actor = ray.remote(_Worker).options(num_cpus=1, **options)
         self._arguments = (ray.put(es), ray.put(evaluate), threads)
-        self._workers = [self._actor.remote(*self._arguments) for _ in range(workers)]
+        self._workers: list[Any] = [self._actor.remote(*self._arguments) for _ in range(workers)]
 
     def __enter__(self) -> RayWorkers:
         return self
@@ -150,7 +155,8 @@ class RayWorkers:
     def _gather(self, broadcast: list[Any]) -> tuple[dict[Range, tuple[Any, Any]], dict[Range, str]]:
         """What each range gave, and the last error of each that kept failing."""
         todo, tried = deque(self._ranges), dict.fromkeys(self._ranges, 0)
-        idle, busy = deque(range(len(self._workers))), {}
+        idle = deque(range(len(self._workers)))
+        busy: dict[Any, tuple[Range, int]] = {}
         found: dict[Range, tuple[Any, Any]] = {}
         failures: dict[Range, str] = {}
         while todo or busy:

@@ -31,8 +31,8 @@ class Rollouts:
         max_steps: cuts episodes, beside the environment's own limit.
         action: from the policy's output ``[n, ...]`` to actions; by default argmax for discrete spaces and a stretched tanh for
             bounded ones.
-        initial_state: for recurrent policies, which are called as ``policy(observations, state) -> (output, state)``: makes the state
-            of ``n`` episodes. Weights and state are held for the whole episode.
+        initial_state: for recurrent policies, which are called as ``policy(observations, state) -> (output, state)``: makes the
+            state of ``n`` episodes. Weights and state are held for the whole episode.
         options: for ``gymnasium.make``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Fitness shaping: what a generation's fitness counts for, as weights of the update. All rank or scale over the whole population."""
+"""Fitness shaping: what fitness counts for, as weights of the update. All rank or scale over the whole population."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def centered_rank(fitness: Tensor) -> Tensor:
     _, value, count = torch.unique(fitness, return_inverse=True, return_counts=True)
     below = count.cumsum(0) - count
     middle = below.to(fitness.dtype) + (count - 1).to(fitness.dtype) / 2
-    return middle[value] / max(len(fitness) - 1, 1) - 0.5
+    ranks: Tensor = middle[value] / max(len(fitness) - 1, 1) - 0.5
+    return ranks
 
 
 def zscore(fitness: Tensor) -> Tensor:

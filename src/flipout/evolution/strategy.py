@@ -57,7 +57,8 @@ class EvolutionStrategy:
         std: σ, in units of the weights; or a function from the generation to it.
         population: N, even with antithetic pairs.
         estimator: :class:`flipout.Flipout`, :class:`flipout.LowRank`, or :class:`flipout.Independent` (every member dense).
-        base: ``"rademacher"`` or ``"gaussian"``, the law of the base perturbation (of each member's own under the other estimators).
+        base: ``"rademacher"`` or ``"gaussian"``, the law of the base perturbation (of each member's own under the other
+            estimators).
         members_per_base: members that share a base perturbation; None for all.
         antithetic: members 2p and 2p + 1 are W̄ + ΔW_p and W̄ - ΔW_p.
         fitness_shaping: ``"centered_rank"``, ``"zscore"``, ``"sign"``, or a function from the whole population's fitness ``[N]`` to
@@ -216,8 +217,8 @@ class EvolutionStrategy:
                 sum are over the others.
 
         Raises:
-            ArgumentError: for fitness of another length or, under ``on_nan="error"``, that is not finite; for half a pair kept. Then
-                gradients and the generation are as before.
+            ArgumentError: for fitness of another length or, under ``on_nan="error"``, that is not finite; for half a pair kept.
+                Then gradients and the generation are as before.
             DrawError: if members of this generation were never asked for.
         """
         if not self._asked or self._open:
@@ -250,7 +251,7 @@ class EvolutionStrategy:
         return Members(self._net, directions, directions.samples(self._targets())).module(n - first)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the module and the optimiser: numbers and names, for ``torch.load(weights_only=True)``."""
+        """What a resumed run needs beside module and optimiser: numbers and names, for ``torch.load(weights_only=True)``."""
         return {"generation": self.generation, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,8 +324,8 @@ class EvolutionStrategy:
             raise ArgumentError(f"members {start} to {stop}: expected 0 <= start < stop <= {self.population}{pairs}")
         if start // base != (stop - 1) // base:
             raise ArgumentError(
-                f"members {start} to {stop - 1} span several base perturbations of {base} members each, which cannot share a forward "
-                "pass; ask for each base's members in turn, or call step(evaluate), which does"
+                f"members {start} to {stop - 1} span several base perturbations of {base} members each, which cannot share a "
+                "forward pass; ask for each base's members in turn, or call step(evaluate), which does"
             )
         generation = self.generation if generation is None else generation
         law = Law(self.estimator, self.base, self._std_at(generation))

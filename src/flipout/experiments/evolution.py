@@ -1,7 +1,8 @@
 """Evolution strategies of the paper (Wen et al. 2018, Sec. 4.4): Figure 2(b), 2(c), 2(d) and Figure 5.
 
-The paper leaves open σ, the step size and the optimiser, and says nothing of antithetic pairs or fitness shaping. Here all methods have
-pairs, centered ranks and Adam; every member sees the batch of its update; IdealES has independent Gaussian perturbations.
+The paper leaves open σ, the step size and the optimiser, and says nothing of antithetic pairs or fitness shaping. Here all
+methods have pairs, centered ranks and Adam; every member sees the batch of its update; IdealES has independent Gaussian
+perturbations.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,8 @@ def _train_all(settings: EvolutionSettings, run: Run, progress: Progress) -> dic
             phase = f"{name}-seed{seed}"
             with run.phase(phase, progress) as report:
                 found = train(
-                    problem, contestant, data, seed, load=lambda phase=phase: run.load_checkpoint(phase),
-                    save=lambda state, phase=phase: run.save_checkpoint(phase, state), log=run.log, report=report,
+                    problem, contestant, data, seed, load=partial(run.load_checkpoint, phase),
+                    save=partial(run.save_checkpoint, phase), log=run.log, report=report,
                 )  # fmt: skip
             curves.setdefault(name, []).append(found)
     result = {"data": loaded.source, "curves": curves, "final": {name: _final(runs) for name, runs in curves.items()}}
@@ -200,7 +202,9 @@ def _show(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, interval(from_json(final["loss"])), f"{100 * final['test_accuracy']:.1f} %")
     console.print(table)
     if "difference" in result:
-        console.print(f"FlipES - IdealES, paired by seed: {interval(from_json(result['difference']))}; 90 % interval", highlight=False)
+        console.print(
+            f"FlipES - IdealES, paired by seed: {interval(from_json(result['difference']))}; 90 % interval", highlight=False
+        )
 
 
 def _show_seconds(result: dict[str, Any], console: Console) -> None:

@@ -42,7 +42,9 @@ def draw_seconds(rows: list[dict[str, Any]], cores: int, paper: Mapping[tuple[st
     """Seconds per update against the width of the net, here and in the paper."""
     with rc_context(RC):
         figure = Figure(figsize=(9.6, 4.0), layout="constrained")
-        for axes, net, title in zip(figure.subplots(1, 2), ("fc", "convle"), ("FC: hidden units", "ConvLe: filter scale"), strict=True):
+        for axes, net, title in zip(
+            figure.subplots(1, 2), ("fc", "convle"), ("FC: hidden units", "ConvLe: filter scale"), strict=True
+        ):
             own = [row for row in rows if row["net"] == net]
             widths = [row["width"] for row in own]
             axes.plot(widths, [row["flipes"] for row in own], "o-", color="#0072B2", label="FlipES, this device")

@@ -1,8 +1,9 @@
 """Figure 5: seconds per update of FlipES, against explicit perturbations on every core.
 
-*cpuES* is the method of Salimans et al. 2017 that the paper compares with: a process on every core perturbs the net member by member with
-noise looked up in a shared table, and sums its own members' noise, weighted by fitness. What one core does in a second is measured with
-all cores at work, so that seconds per update on more cores are those of perfect scaling, in cpuES's favour.
+*cpuES* is the method of Salimans et al. 2017 that the paper compares with: a process on every core perturbs the net member by
+member with noise looked up in a shared table, and sums its own members' noise, weighted by fitness. What one core does in a
+second is measured with all cores at work, so that seconds per update on more cores are those of perfect scaling, in cpuES's
+favour.
 """
 
 from __future__ import annotations

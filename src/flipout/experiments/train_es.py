@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,11 @@ def make_policy(rollouts: Rollouts, hidden: tuple[int, ...], seed: int) -> nn.Mo
     import gymnasium as gym
 
     space = rollouts.action_space
-    outputs = int(space.n) if isinstance(space, gym.spaces.Discrete) else int(np.prod(space.shape))
+    outputs = int(space.n) if isinstance(space, gym.spaces.Discrete) else int(np.prod(space.shape or ()))
     generator = stream(seed, _WEIGHTS)
     sizes = (int(np.prod(rollouts.shape)), *hidden, outputs)
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, units in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, units in itertools.pairwise(sizes):
         layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, units)
         with torch.no_grad():
             for parameter in layer.parameters():
