@@ -214,11 +214,3 @@ def test_noisy_nets_learn_their_scales():
 def test_the_cartpole_example_learns():
     train = runpy.run_path(str(EXAMPLES / "es_cartpole.py"))["train"]
     assert train(population=32, generations=8) > 60
-
-
-@pytest.mark.parametrize("name", ["dqn_parameter_noise", "dqn_noisy_net"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_dqn_examples_run(name):
-    pytest.importorskip("stable_baselines3")
-    train = runpy.run_path(str(EXAMPLES / f"{name}.py"))["train"]
-    assert train(steps=400, envs=2) > 0
