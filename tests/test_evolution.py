@@ -278,6 +278,38 @@ def test_discrete_losses_and_hard_units_learn():
     assert (module(x).argmax(1) == labels).float().mean() > 0.85
 
 
+def test_sampled_units_learn_under_common_random_numbers():
+    """Bernoulli units: what they draw is common to a pair, so that its difference is the weights' alone."""
+
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 16), nn.Linear(16, 2)
+            self.uniform = None
+
+        def forward(self, x):
+            return self.second((torch.sigmoid(4 * self.first(x)) > self.uniform).float())
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 2, generator=generator)
+    labels = (x[:, 0] > 0.3).long()
+    module = Sampled()
+    es = EvolutionStrategy(module, 0.2, 100)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
+
+    def evaluate(module, members):
+        drawn = [torch.rand(100, 16, generator=torch.Generator().manual_seed(int(seed))) for seed in members.seeds[::2]]
+        module.uniform = torch.stack(drawn).repeat_interleave(2, 0)
+        return members.mean((module(members.expand(x)).argmax(2) == labels).double())
+
+    first = es.step(evaluate).mean()
+    optimiser.step()
+    for _ in range(30):
+        last = es.step(evaluate).mean()
+        optimiser.step()
+    assert last > max(0.8, first)
+
+
 def test_a_pair_shares_its_seeds_and_chunks_do_not_move_them():
     es = EvolutionStrategy(mlp(), 0.1, 20)
     with es.ask() as members:

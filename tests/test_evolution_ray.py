@@ -84,7 +84,6 @@ def test_a_range_that_keeps_failing_is_dropped_in_whole_pairs(caplog):
     single, _ = strategy()
     single.chunk = 8
     whole = single.evaluate(evaluator())
-    single._asked = True
     single.tell(whole, kept=~fitness[0].isnan())
     torch.testing.assert_close(fitness[0][~fitness[0].isnan()], whole[~fitness[0].isnan()])
     for a, b in zip(es.module.parameters(), single.module.parameters(), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError
@@ -91,10 +91,6 @@ class Members(Draw):
             DrawError: always.
         """
         raise DrawError("members of a generation are fixed by their counters and cannot be resampled; see flipout.Perturbed.hold")
-
-    def module(self, n: int) -> nn.Module:
-        """As :meth:`flipout.Draw.module`; ``n`` counts from ``start``."""
-        return super().module(n)
 
 
 def require_fitness(fitness: object, count: int, what: str) -> Tensor:

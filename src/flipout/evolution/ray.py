@@ -125,7 +125,7 @@ class RayWorkers:
         """
         fitness = self.evaluate()
         kept = self._kept
-        self.es._asked = True
+        self.es.evaluated_elsewhere()
         self.es.tell(torch.where(kept, fitness, 0.0), kept=kept)
         return fitness
 

@@ -208,6 +208,10 @@ class EvolutionStrategy:
         self.tell(fitness)
         return fitness
 
+    def evaluated_elsewhere(self) -> None:
+        """Says that other processes evaluated this generation, so that :meth:`tell` may follow without :meth:`ask` here."""
+        self._asked = True
+
     def tell(self, fitness: Any, kept: Tensor | None = None) -> None:
         """Fills ``.grad`` with -1/(N σ²) Σ_n F_n ΔW_n, N the members kept and F their shaped fitness, and ends the generation.
 
