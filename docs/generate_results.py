@@ -145,7 +145,13 @@ ABOUT = {
 
 def evolution(result: dict[str, Any]) -> str:
     if "rows" in result:
-        header = ["net", "FlipES here, s", f"cpuES, {result['cores']} cores here, s", "cpuES, 40 such cores, s", "ratio to 40 cores"]
+        header = [
+            "net",
+            "FlipES here, s",
+            f"cpuES, {result['cores']} cores here, s",
+            "cpuES, 40 such cores, s",
+            "ratio to 40 cores",
+        ]
         rows = [
             [f"{row['net']} {row['width']:g}", *(f"{row[name]:.3g}" for name in ("flipes", "cpues", "cpues_40_cores")),
              f"{row['cpues_40_cores'] / row['flipes']:.3g}"]
@@ -153,7 +159,8 @@ def evolution(result: dict[str, Any]) -> str:
         ]  # fmt: skip
         return f"{grid(header, rows)}\n\nSeconds per update of {result['samples']:,} samples."
     rows = [
-        [name, interval(from_json(final["loss"])), f"{100 * final['test_accuracy']:.1f} %"] for name, final in result["final"].items()
+        [name, interval(from_json(final["loss"])), f"{100 * final['test_accuracy']:.1f} %"]
+        for name, final in result["final"].items()
     ]
     text = grid(["method", "final training loss, nats", "test accuracy"], rows)
     if "difference" in result:
@@ -163,7 +170,11 @@ def evolution(result: dict[str, Any]) -> str:
 
 def about_evolution(result: dict[str, Any], environment: dict[str, Any]) -> str:
     problem = result["settings"]["problem"]
-    net = "" if problem is None else f"{problem['net']} {problem['width']:g}, {problem['examples']} examples, {problem['updates']} updates; "
+    net = (
+        ""
+        if problem is None
+        else f"{problem['net']} {problem['width']:g}, {problem['examples']} examples, {problem['updates']} updates; "
+    )
     seeds = f"seeds {result['settings']['seeds']}; " if problem is not None else ""
     machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
     return f"*{net}{seeds}preset {result['preset']}; {wall(result)}; {machine}; begun {environment['started']}*"
