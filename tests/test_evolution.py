@@ -434,6 +434,17 @@ def test_fitness_that_is_not_finite_can_be_the_worst():
         es.step(lambda module, members: torch.full((8,), float("nan")))
 
 
+def test_a_shaping_of_ones_own_is_checked():
+    module = mlp()
+    for shaping, message in (
+        (lambda f: f / 0, "not finite for fitness that is"),
+        (lambda f: f[1:], r"what fitness_shaping returned has"),
+    ):
+        with pytest.raises(flipout.ArgumentError, match=message):
+            EvolutionStrategy(module, 0.1, 8, fitness_shaping=shaping).step(total)
+    assert all(p.grad is None for p in module.parameters())
+
+
 def test_constant_fitness_warns_and_moves_nothing():
     module = mlp()
     es = EvolutionStrategy(module, 0.1, 8)

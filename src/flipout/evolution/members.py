@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flipout.draw import Draw
-from flipout.errors import ArgumentError, BatchError, DrawError
+from flipout.errors import BatchError, DrawError
 from flipout.estimators import Sample
 from flipout.evolution.counters import Place
 from flipout.evolution.noise import Directions
@@ -91,18 +91,3 @@ class Members(Draw):
             DrawError: always.
         """
         raise DrawError("members of a generation are fixed by their counters and cannot be resampled; see flipout.Perturbed.hold")
-
-
-def require_fitness(fitness: object, count: int, what: str) -> Tensor:
-    """Fitness as float64 ``[count]``, on the device where it is.
-
-    Raises:
-        ArgumentError: if it holds no numbers, or not ``count`` of them.
-    """
-    try:
-        found = torch.as_tensor(fitness).detach().to(torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"{what} is a {type(fitness).__name__}, not a number for each of {count} members ({error})") from error
-    if found.shape != (count,):
-        raise ArgumentError(f"{what} has shape {tuple(found.shape)}; expected one number for each of {count} members, [{count}]")
-    return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +14,8 @@ from flipout.draw import Draw
 from flipout.errors import ArgumentError, DrawError, MemberError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LowRank, Target
 from flipout.evolution.counters import Counters
-from flipout.evolution.members import Members, require_fitness
+from flipout.evolution.fitness import require_finite, require_fitness, require_kept, shaped
+from flipout.evolution.members import Members
 from flipout.evolution.noise import Directions, Law
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.noise import Gaussian, Rademacher
@@ -28,8 +27,6 @@ __all__ = ["Evaluate", "EvolutionStrategy", "Std"]
 Evaluate = Callable[[Any, Members], Any]
 #: A standard deviation, or one for each generation.
 Std = float | Callable[[int], float]
-
-log = logging.getLogger("flipout.evolution")
 
 #: Members evaluated at once where no chunk is given, and entries of dense members' weights.
 _CHUNK, _DENSE = 4096, 2**24
@@ -229,9 +226,10 @@ class EvolutionStrategy:
             when = "inside ask()" if self._open else "without ask()"
             raise DrawError(f"tell() {when}: evaluate members of generation {self.generation} first, or call step(evaluate)")
         raw = require_fitness(fitness, self.population, "the fitness").cpu()
-        keep = self._kept(kept)
+        keep = require_kept(kept, self.population, self._each)
+        found = require_finite(raw[keep], keep.nonzero().flatten(), self.on_nan)
         weights = torch.zeros_like(raw)
-        weights[keep] = self._shape(self._finite(raw[keep], keep))
+        weights[keep] = shaped(self._shaping, found, self.generation)
         gradients = self._sum(weights, scale=-1 / (int(keep.sum()) * self.std**2))
         for site in self._net.sites:
             site.mean.grad = gradients[site.name]
@@ -335,39 +333,6 @@ class EvolutionStrategy:
         law = Law(self.estimator, self.base, self._std_at(generation))
         each = self._each
         return Directions(law, self._counters, generation, start // base, start // each, stop // each, self.antithetic)
-
-    def _kept(self, kept: Tensor | None) -> Tensor:
-        if kept is None:
-            return torch.ones(self.population, dtype=torch.bool)
-        kept = torch.as_tensor(kept).cpu()
-        if kept.dtype != torch.bool or kept.shape != (self.population,):
-            raise ArgumentError(f"kept is {kept.dtype} {tuple(kept.shape)}; expected torch.bool [{self.population}]")
-        if not bool(kept.any()):
-            raise ArgumentError("no member is kept: the generation has no fitness, and no update can be formed")
-        if bool((kept.view(-1, self._each).sum(1) % self._each).any()):
-            raise ArgumentError("kept has one member of an antithetic pair without the other; drop whole pairs")
-        return kept
-
-    def _finite(self, fitness: Tensor, kept: Tensor) -> Tensor:
-        bad = ~fitness.isfinite()
-        if not bool(bad.any()):
-            return fitness
-        where = kept.nonzero().flatten()[bad]
-        some = ", ".join(str(int(n)) for n in where[:5]) + (", ..." if len(where) > 5 else "")
-        if self.on_nan == "error" or bool(bad.all()):
-            way = 'on_nan="worst" makes it the worst of the generation' if not bool(bad.all()) else "no member has finite fitness"
-            raise ArgumentError(f"the fitness of {len(where)} members is not finite (members {some}); {way}")
-        return torch.where(bad, fitness[~bad].min(), fitness)
-
-    def _shape(self, fitness: Tensor) -> Tensor:
-        if bool((fitness == fitness[0]).all()):
-            warnings.warn(
-                f"all {len(fitness)} members of generation {self.generation} have the fitness {float(fitness[0])}: nothing can be "
-                "learned from it, and the update is zero",
-                stacklevel=4,
-            )
-            return torch.zeros_like(fitness)
-        return require_fitness(self._shaping(fitness), len(fitness), "the shaped fitness").cpu()
 
     @torch.no_grad()
     def _sum(self, weights: Tensor, scale: float) -> dict[str, Tensor]:
