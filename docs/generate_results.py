@@ -143,9 +143,56 @@ ABOUT = {
 }
 
 
+def evolution(result: dict[str, Any]) -> str:
+    if "rows" in result:
+        header = [
+            "net",
+            "FlipES here, s",
+            f"cpuES, {result['cores']} cores here, s",
+            "cpuES, 40 such cores, s",
+            "ratio to 40 cores",
+        ]
+        rows = [
+            [f"{row['net']} {row['width']:g}", *(f"{row[name]:.3g}" for name in ("flipes", "cpues", "cpues_40_cores")),
+             f"{row['cpues_40_cores'] / row['flipes']:.3g}"]
+            for row in result["rows"]
+        ]  # fmt: skip
+        return f"{grid(header, rows)}\n\nSeconds per update of {result['samples']:,} samples."
+    rows = [
+        [name, interval(from_json(final["loss"])), f"{100 * final['test_accuracy']:.1f} %"]
+        for name, final in result["final"].items()
+    ]
+    text = grid(["method", "final training loss, nats", "test accuracy"], rows)
+    if "difference" in result:
+        text += f"\n\nFlipES - IdealES, paired by seed: {interval(from_json(result['difference']))} nats."
+    return text
+
+
+def about_evolution(result: dict[str, Any], environment: dict[str, Any]) -> str:
+    problem = result["settings"]["problem"]
+    net = (
+        ""
+        if problem is None
+        else f"{problem['net']} {problem['width']:g}, {problem['examples']} examples, {problem['updates']} updates; "
+    )
+    seeds = f"seeds {result['settings']['seeds']}; " if problem is not None else ""
+    machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
+    return f"*{net}{seeds}preset {result['preset']}; {wall(result)}; {machine}; begun {environment['started']}*"
+
+
+def evolution_section(folder: Path, result: dict[str, Any], environment: dict[str, Any]) -> tuple[str, str]:
+    figure = result["settings"]["figure"]
+    shutil.copy(folder / "figures" / f"figure-{figure}.png", ROOT / "docs" / "figures" / f"evolution-{figure}.png")
+    what = "seconds per update against the width of the net" if figure == "5" else "training loss against updates, a line a method"
+    picture = f"![Figure {figure}: {what}](figures/evolution-{figure}.png)"
+    return f"evolution-{figure}", f"{evolution(result)}\n\n{picture}\n\n{about_evolution(result, environment)}"
+
+
 def section(folder: Path) -> tuple[str, str]:
     """The name of a run's section, and its text."""
     result, environment = read_json(folder / "result.json"), read_json(folder / "environment.json")
+    if result["experiment"] == "evolution":
+        return evolution_section(folder, result, environment)
     experiment, settings = result["experiment"], result["settings"]
     net = settings.get("subject", settings).get("net", "")
     kind = settings["noises"][0]["kind"] if "noises" in settings else ""

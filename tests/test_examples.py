@@ -14,6 +14,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLES = {
     "custom_rule": ((), "after: (64, 1)", ()),
     "ddp": (("--steps", "3"), "weights on 2 ranks equal: True", ("mlxtend",)),
+    "dqn_noisy_net": (("--steps", "300", "--envs", "2"), "mean return over 20 episodes", ("stable_baselines3",)),
+    "dqn_parameter_noise": (("--steps", "300", "--envs", "2"), "mean return over 20 episodes", ("stable_baselines3",)),
+    "es_cartpole": (("--population", "8", "--generations", "2"), "of the mean policy over 100 episodes", ("gymnasium",)),
+    "es_language_model": (("--population", "4", "--generations", "1"), "on 500 new prompts", ("transformers",)),
+    "es_mnist": (("--seconds", "0.5"), "generations 0.", ("mlxtend",)),
     "huggingface_trainer": (("--steps", "3", "--width", "16"), "loads in plain transformers", ("transformers", "accelerate")),
     "lightning_module": (("--steps", "5"), "accuracy of the mean weights", ("lightning", "mlxtend")),
     "mnist_uncertainty": (("--steps", "20", "--samples", "4"), "told apart by entropy", ("mlxtend", "torchmetrics")),

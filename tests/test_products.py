@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import flipout
 
@@ -94,3 +95,29 @@ def test_a_linear_layer_keeps_one_perturbation_and_a_bit_a_sign(learnable: bool,
     noise = flipout.Gaussian(0.1, learnable=learnable)
     allowed = kept_bytes(module, x) + 4 * inside * outside + rows * (inside + outside) // 8
     assert kept_bytes(flipout.Perturbed(module, noise), x) <= 1.1 * allowed
+
+
+@pytest.mark.parametrize("estimator", [flipout.Flipout(), flipout.LowRank(1)], ids=str)
+def test_members_that_see_one_batch_share_its_mean_product(estimator: flipout.Estimator) -> None:
+    """An expanded axis of members: W̄ x once, not once a member; values and gradients as for a copy of it."""
+    module = nn.Linear(24, 16)
+    net = flipout.Perturbed(module, flipout.Gaussian(0.1), estimator)
+    batch = torch.randn(5, 24)
+    with net.hold(members=32):
+        x = batch.clone().requires_grad_()
+        shared = net(x.unsqueeze(0).expand(32, 5, 24))
+        y = batch.clone().requires_grad_()
+        copied = net(y.repeat(32, 1, 1))
+        torch.testing.assert_close(shared, copied)
+        weights = torch.randn_like(shared)
+        (shared * weights).sum().backward()
+        (copied * weights).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        one = net(batch[0].expand(32, 24))
+        torch.testing.assert_close(one, shared.detach()[:, 0])
+        counts = []
+        for rows in (batch.unsqueeze(0).expand(32, 5, 24), batch.repeat(32, 1, 1)):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                net(rows)
+            counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == 31 * 5 * 2 * 24 * 16

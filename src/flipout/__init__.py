@@ -1,6 +1,6 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
-from flipout import bayes, regularize, variance
+from flipout import bayes, evolution, regularize, variance
 from flipout.distributions import FromDistribution
 from flipout.draw import Draw
 from flipout.errors import (
@@ -46,6 +46,7 @@ __all__ = [
     "Shared",
     "UnsupportedNoiseError",
     "bayes",
+    "evolution",
     "perturbed",
     "regularize",
     "rule",

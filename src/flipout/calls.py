@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,8 +23,6 @@ __all__ = ["Calls", "LateDraw", "count_rows", "require_blocks", "slots_of"]
 class LateDraw(Draw):
     """A draw whose number of members may be found at the first call."""
 
-    calls: Calls
-
     def __init__(self, net: Perturbed, members: int | None) -> None:
         self._net = net
         self.estimator = net.estimator
@@ -39,14 +38,6 @@ class LateDraw(Draw):
         net = self._net
         super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
 
-    def module(self, n: int) -> nn.Module:
-        attached = self.calls.detach()  # hooks would be copied along
-        try:
-            return super().module(n)
-        finally:
-            if attached:
-                self.calls.attach()
-
     def _require_members(self) -> None:
         if not self.started:
             raise DrawError("the draw has no members yet: call the module first, or pass perturbed(..., members=N)")
@@ -59,7 +50,7 @@ class LateDraw(Draw):
 class Calls:
     """Puts the perturbed weights in place for the outermost call among a module's parts, and back after it."""
 
-    def __init__(self, net: Perturbed, draw: LateDraw) -> None:
+    def __init__(self, net: Perturbed, draw: Draw) -> None:
         self.net, self.draw = net, draw
         self.depth = 0
         self.placed: Placement | None = None
@@ -70,12 +61,19 @@ class Calls:
             self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
             self._handles.append(part.register_forward_hook(self.leave, always_call=True))
 
-    def detach(self) -> bool:
-        """Removes the hooks and says whether there were any."""
+    def detach(self) -> None:
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
-        return bool(handles)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Takes the hooks off for a while."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         self.depth += 1
@@ -85,7 +83,7 @@ class Calls:
             net, draw = self.net, self.draw
             dim = rows_dim(part, net.batch_dim)
             rows = count_rows(part, dim, args, kwargs)
-            if not draw.started:
+            if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows)
             require_blocks(rows, draw, dim)
             self.placed = Placement(slots_of(net._sites), draw.slot_weights(rows, dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ class Draw:
         estimator: how the members share the draw.
     """
 
+    #: The hooks of a module that is perturbed in place.
+    calls: Any = None
+
     def __init__(
         self,
         module: nn.Module,
@@ -38,6 +42,7 @@ class Draw:
         members: int | None,
         generator: torch.Generator | None,
         fallback: str | None = None,
+        samples: Sequence[Sample] | None = None,
     ) -> None:
         self.members = None if estimator.per_token else members
         self.estimator = estimator
@@ -46,7 +51,7 @@ class Draw:
         self._log_std = log_std
         self._generator = generator
         self._fallback = fallback
-        self._samples: list[Sample] = self._sample()
+        self._samples: list[Sample] = self._sample() if samples is None else list(samples)
         self._fixed: dict[int, Tensor] = {}
         self._last: tuple[list[Any], list[Tensor]] | None = None
 
@@ -141,9 +146,11 @@ class Draw:
         Raises:
             MemberError, DrawError: as :meth:`weights`.
         """
+        hooks = contextlib.nullcontext() if self.calls is None else self.calls.lifted()
         with torch.no_grad():
             weights = self.weights(n)
-            plain = copy.deepcopy(self._module)
+            with hooks:  # they would be copied along
+                plain = copy.deepcopy(self._module)
             parameters = dict(plain.named_parameters(remove_duplicate=False))
             for name, weight in weights.items():
                 parameters[name].copy_(weight)

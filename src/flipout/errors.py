@@ -5,6 +5,7 @@ __all__ = [
     "BatchError",
     "DownloadError",
     "DrawError",
+    "EvaluationError",
     "FlipoutError",
     "MemberError",
     "MissingRuleError",
@@ -44,6 +45,10 @@ class DrawError(FlipoutError, RuntimeError):
 
 class NotFiniteError(FlipoutError, ArithmeticError):
     """A loss is NaN or infinite, and training cannot go on from it."""
+
+
+class EvaluationError(FlipoutError, RuntimeError):
+    """Fitness could not be had: an environment raised, or workers kept failing."""
 
 
 class DownloadError(FlipoutError, OSError):

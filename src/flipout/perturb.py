@@ -19,7 +19,7 @@ from flipout.select import Site, check_generator, rows_dim, select
 from flipout.slots import Placement
 from flipout.weight import PerturbedWeight
 
-__all__ = ["Perturbed", "perturbed"]
+__all__ = ["Perturbed", "in_place", "perturbed"]
 
 
 class Perturbed(nn.Module):
@@ -85,6 +85,11 @@ class Perturbed(nn.Module):
         self._sites = sites
         self._held: Draw | None = None
         self._sampling = False
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The perturbed parameters."""
+        return tuple(self._sites)
 
     @property
     def noises(self) -> dict[str, Noise]:
@@ -248,11 +253,22 @@ def perturbed(
     if any(site.noise.learnable for site in net._sites):
         raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
     draw = LateDraw(net, None if members is None else _member_count(members))
+    with in_place(net, draw):
+        yield draw
+
+
+@contextmanager
+def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
+    """Perturbs ``net.module`` itself by a draw of it, at every call of the module or of a part of it inside the context.
+
+    Between calls its parameters are its own. While the context lasts, ``draw.module(n)`` takes the hooks off for its copy.
+    """
     calls = draw.calls = Calls(net, draw)
     calls.attach()
     try:
-        yield draw
+        yield
     finally:
+        draw.calls = None
         calls.detach()
         calls.restore()
 

@@ -85,6 +85,48 @@ def report(
     console.print(f"saved {out}: {len(finished)} runs", highlight=False, soft_wrap=True, markup=False)
 
 
+@app.command("train-es")
+def train_es(
+    env: Annotated[str, typer.Argument(help="A gymnasium id, such as CartPole-v1, Acrobot-v1, LunarLander-v3.")],
+    population: Annotated[int, typer.Option(min=2, help="Policies a generation, each in an environment of its own.")] = 64,
+    generations: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    std: Annotated[float, typer.Option(help="Standard deviation of the noise on the weights.")] = 0.3,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 0.1,
+    hidden: Annotated[str, typer.Option(help="Hidden units of the policy, with commas; 0 for a linear policy.")] = "16",
+    episodes: Annotated[int, typer.Option(min=1, help="Played by each policy in a generation.")] = 1,
+    goal: Annotated[float | None, typer.Option(help="Stop once the population's mean return stays above it.")] = None,
+    max_seconds: Annotated[float, typer.Option(min=0, help="Stop after so much training; 0 for no limit.")] = 0.0,
+    normalize: Annotated[bool, typer.Option(help="Normalise observations by what the population has seen.")] = True,
+    video: Annotated[bool, typer.Option(help="Draw an episode into episode.gif.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/train-es-ENV.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of the policy, the noise and the environments.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+) -> None:
+    """Train a policy for a gymnasium environment by evolution: the whole population in one batched pass a step."""
+    from flipout.experiments.run import Run
+    from flipout.experiments.train_es import TrainSettings, check_environment, layer_sizes
+    from flipout.experiments.train_es import train_es as train
+
+    console = Console()
+    check_environment(env)  # before a folder is made for it
+    settings = TrainSettings(
+        env, layer_sizes(hidden), population, std, learning_rate, generations, episodes, goal, normalize, max_seconds, seed=seed,
+        device=device,
+    )  # fmt: skip
+    folder = Path("runs") / f"train-es-{env.replace('/', '-')}" if out is None else out
+    with Run.open(folder, "train-es", settings, resume, tensorboard) as run, progress_bars(console) as progress:
+        result = run.result if run.finished else run.finish(train(settings, run, progress, video))
+    console.print(
+        f"{env}: {result['generations']} generations; mean return of the mean policy over {settings.judged} episodes: "
+        f"{result['mean_return']:.1f} ± {result['standard_error']:.1f}",
+        highlight=False,
+    )
+    for path in sorted([folder / "result.json", *folder.glob("*.gif"), *folder.glob("figures/*")]):
+        console.print(f"saved {path}", highlight=False, soft_wrap=True)
+
+
 def _print_demo(console: Console, result: DemoResult) -> None:
     settings, reached = result.settings, result.pretraining
     console.print(f"\ndata: {result.source}", highlight=False)

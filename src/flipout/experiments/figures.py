@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from flipout.moments import Estimate
     from flipout.variance import VarianceComponents, VarianceCurve
 
-__all__ = ["draw_curves", "draw_demo", "draw_races", "draw_uncertainty"]
+__all__ = ["RC", "draw_curves", "draw_demo", "draw_races", "draw_uncertainty"]
 
-_RC: Any = {
+#: The look of all figures.
+RC: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,7 +36,7 @@ _RC: Any = {
 
 def draw_demo(result: DemoResult) -> Figure:
     """Variance against N on log-log axes, and the noisy training runs beside it."""
-    with rc_context(_RC):
+    with rc_context(RC):
         figure = Figure(figsize=(10.5, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
         _variance_panel(left, result)
@@ -116,7 +117,7 @@ def draw_curves(
     curve: VarianceCurve, panels: Mapping[str, tuple[str, ...]], net: str, components: VarianceComponents | None = None
 ) -> Figure:
     """One panel a layer: the variance averaged over its weights, as the paper has it, and what the components predict."""
-    with rc_context(_RC):
+    with rc_context(RC):
         columns = min(len(panels), 2) if len(panels) != 3 else 3
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
@@ -143,7 +144,7 @@ def draw_curves(
 
 def draw_races(races: Sequence[Mapping[str, Any]], net: str, measure: str, targets: Sequence[float]) -> Figure:
     """For each noise the training loss against iterations and against seconds, and the test measure against iterations."""
-    with rc_context(_RC):
+    with rc_context(RC):
         figure = Figure(figsize=(12.6, 3.7 * len(races)), layout="constrained")
         grid = figure.subplots(len(races), 3, squeeze=False)
         for row, race in zip(grid, races, strict=True):
@@ -188,7 +189,7 @@ def draw_uncertainty(
     methods: Mapping[str, Mapping[str, Estimate]], reliability: Mapping[str, Sequence[Sequence[Sequence[float]]]]
 ) -> Figure:
     """Accuracy against confidence, pooled over seeds; the calibration error and the AUROCs of each method with intervals."""
-    with rc_context(_RC):
+    with rc_context(RC):
         names = list(methods)[::-1]
         numbers = ["ece", *(name for name in next(iter(methods.values())) if name.startswith("auroc"))]
         figure = Figure(figsize=(4.6 + 2.3 * len(numbers), 4.2), layout="constrained")

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from flipout.experiments.claims import Claim
     from flipout.experiments.run import Progress, Run
 
-__all__ = ["ENTRIES", "PRESETS", "Entry", "Experiment", "Option", "choose", "find_entry", "run_experiment"]
+__all__ = ["ENTRIES", "PRESETS", "Entry", "Experiment", "Number", "Option", "choose", "find_entry", "run_experiment"]
 
 #: ``smoke`` takes seconds, ``laptop`` minutes on two cores, ``paper`` has the paper's full settings and wants a GPU.
 PRESETS = ("smoke", "laptop", "paper")
@@ -81,6 +81,21 @@ class Option:
 
     name: str
     choices: tuple[str, ...]
+    help: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """An option of one experiment that takes a number.
+
+    Attributes:
+        name: an argument of the settings, and on the command line ``--name`` with dashes.
+        default: its value where it is not given.
+        help: what it decides.
+    """
+
+    name: str
+    default: float
     help: str
 
 
@@ -112,6 +127,7 @@ class Entry:
         paper: the figure, table or section.
         module: where ``EXPERIMENT`` is, imported when it runs.
         options: its own.
+        numbers: its own that are no choices; the name of the run's folder leaves them out.
     """
 
     name: str
@@ -119,6 +135,7 @@ class Entry:
     paper: str
     module: str
     options: tuple[Option, ...] = ()
+    numbers: tuple[Number, ...] = ()
 
     def load(self) -> Experiment:
         """Imports the experiment.
@@ -179,6 +196,14 @@ ENTRIES = (
         "uncertainty", "calibration, and strange inputs told from digits: six ways to be unsure", "beside Sec. 4.3",
         "flipout.experiments.uncertainty",
     ),
+    Entry(
+        "evolution", "FlipES against independent perturbations, backpropagation, and 40 cores", "Figures 2(b), 2(c), 2(d), 5",
+        "flipout.experiments.evolution", (Option("figure", ("2b", "2c", "2d", "5"), "Which figure."),),
+        (
+            Number("price_gpu", 0.0, "Of Figure 5: dollars per hour of the device that runs FlipES; 0 leaves costs out."),
+            Number("price_cpu", 0.0, "Of Figure 5: dollars per hour of 40 cores; 0 leaves costs out."),
+        ),
+    ),
 )  # fmt: skip
 
 
@@ -222,7 +247,7 @@ def run_experiment(
     resume: bool = False,
     tensorboard: bool = False,
     progress: Progress | None = None,
-    **options: str,
+    **options: Any,
 ) -> dict[str, Any]:
     """Runs an experiment in a run folder, or goes on with one; a finished one is not run again.
 
@@ -233,7 +258,7 @@ def run_experiment(
         seed, device, data_dir: for the experiment's settings.
         resume, tensorboard: as in :meth:`flipout.experiments.run.Run.open`.
         progress: shows how far it is.
-        options: the experiment's own; by default the first choice of each.
+        options: the experiment's own; by default the first choice of each, and each number's default.
 
     Returns:
         What is in ``result.json``.
@@ -245,6 +270,7 @@ def run_experiment(
     from flipout.experiments.run import Run, silent
 
     choose(preset, {name: name for name in PRESETS}, "preset")
+    numbers = {number.name: float(options.pop(number.name, number.default)) for number in entry.numbers}
     known = {option.name: option for option in entry.options}
     for name, value in options.items():
         choose(value, {c: c for c in choose(name, known, f"{entry.name}: option").choices}, name)
@@ -253,7 +279,7 @@ def run_experiment(
         raise ArgumentError(f"--data-dir {data_dir}: no such folder; name one that holds the data, or leave it out")
     experiment = entry.load()
     data_dir = None if data_dir is None else data_dir.resolve()  # the record must not depend on where the command was given
-    settings = experiment.settings(preset, seed=seed, device=device, data_dir=data_dir, **options)
+    settings = experiment.settings(preset, seed=seed, device=device, data_dir=data_dir, **options, **numbers)
     folder = entry.folder(preset, options) if folder is None else folder
     with Run.open(folder, entry.name, settings, resume, tensorboard, preset) as run:
         return run.result if run.finished else run.finish(experiment.run(settings, run, silent if progress is None else progress))

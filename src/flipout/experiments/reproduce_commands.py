@@ -49,7 +49,7 @@ def add_command(app: typer.Typer, entry: Entry) -> None:
 
 def _run(
     entry: Entry, preset: str, data_dir: Path | None, out: Path | None, device: str, seed: int, resume: bool, tensorboard: bool,
-    **options: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     console = Console()
     experiment = entry.load()
@@ -64,7 +64,7 @@ def _run(
             )  # fmt: skip
     except KeyboardInterrupt:
         given = {**options, "preset": preset, "data-dir": data_dir, "out": folder, "device": device, "seed": seed}
-        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        words = [word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))]
         again = shlex.join(["flipout", "reproduce", entry.name, *words, *["--tensorboard"] * tensorboard, "--resume"])
         console.print(f"stopped; to go on from the last checkpoint:\n{again}", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
@@ -81,6 +81,8 @@ def _parameters(entry: Entry) -> Iterator[inspect.Parameter]:
         kind = enum.Enum(option.name, {choice: choice for choice in option.choices})  # type: ignore[misc]
         default = kind("laptop" if option is _PRESET else option.choices[0])
         yield _parameter(option.name, kind, default, option.help)
+    for number in entry.numbers:
+        yield _parameter(number.name, float, number.default, number.help)
     yield _parameter("data_dir", Path | None, None, "Folder with the data sets in their official formats.")
     where = "-".join([entry.name, *(option.name.upper() for option in entry.options), "PRESET"])
     yield _parameter("out", Path | None, None, f"Folder of the run; by default runs/{where}.")

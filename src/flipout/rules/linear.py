@@ -15,7 +15,7 @@ from flipout.modes import autocast
 from flipout.registry import rule
 from flipout.rules.axes import permute, reshape
 from flipout.rules.pointwise import add
-from flipout.rules.products import factored_product, signed_linear
+from flipout.rules.products import factored_product, mean_product, signed_linear
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["linear", "sign_factors"]
@@ -81,7 +81,7 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if shape is None:
         x, shape = x.unsqueeze(1).unsqueeze(0), (input.shape[0], weight.mean_weight.shape[0])
     x, mean = autocast(x, weight.mean_weight)
-    y = torch.matmul(x, mean.t())
+    y = mean_product(x, mean)
     for term in weight.terms:
         (base,) = autocast(term.base)
         sides = _split(term, x.dtype)

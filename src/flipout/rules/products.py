@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flipout.modes import composed, transformed
 from flipout.signs import unpack
 
-__all__ = ["factored_product", "signed_linear"]
+__all__ = ["factored_product", "mean_product", "signed_linear"]
 
 
 def signed_linear(
@@ -66,9 +66,32 @@ def _times(signs: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None) -> Tensor:
-    y = F.linear(x, mean, bias)
+    y = mean_product(x, mean, bias)
     z = F.linear(_times(s, x), base, bias_base)
-    return y + _signs(r, z) * z if transformed() else y.addcmul_(z, _signs(r, z))
+    if transformed():
+        return y + _signs(r, z) * z
+    return z.mul_(_signs(r, z)).add_(y) if _one_input(x) else y.addcmul_(z, _signs(r, z))
+
+
+def mean_product(x: Tensor, mean: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X W̄ᵀ + b, computed once where all members see one input: where their axis of ``x`` is an expanded one, of stride 0.
+
+    Args:
+        x: ``[N, in]`` or ``[A, N, T, in]``.
+
+    Returns:
+        ``[N, out]`` or ``[A, N, T, out]``; of size 1 on the members' axis where it was computed once.
+    """
+    return F.linear(x.narrow(_members_axis(x), 0, 1) if _one_input(x) else x, mean, bias)
+
+
+def _members_axis(x: Tensor) -> int:
+    return 0 if x.dim() == 2 else 1
+
+
+def _one_input(x: Tensor) -> bool:
+    axis = _members_axis(x)
+    return not transformed() and x.stride(axis) == 0 and x.shape[axis] > 1
 
 
 class _SignedLinear(torch.autograd.Function):

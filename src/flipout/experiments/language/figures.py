@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flipout.experiments.figures import _RC
+from flipout.experiments.figures import RC
 
 __all__ = ["draw_histories"]
 
@@ -26,7 +26,7 @@ def draw_histories(histories: Mapping[str, Sequence[Sequence[float]]], unit: str
         histories: by method, the numbers of each seed.
         unit: of the numbers.
     """
-    with rc_context(_RC):
+    with rc_context(RC):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
         for name, seeds in histories.items():

@@ -1,0 +1,41 @@
+"""Evolution strategies whose whole population runs through a module as one batch.
+
+:class:`EvolutionStrategy` is the core: ``step(evaluate)`` fills ``.grad``, and any ``torch.optim`` optimiser does the rest. What
+follows it here serves reinforcement learning, exploration, saving, and machines by the dozen.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flipout.evolution.checkpoint import load_checkpoint, save_checkpoint
+from flipout.evolution.exploration import ParameterNoise, noisy
+from flipout.evolution.language import Generation
+from flipout.evolution.members import Members
+from flipout.evolution.normalization import ObservationNormalizer
+from flipout.evolution.strategy import EvolutionStrategy
+
+if TYPE_CHECKING:
+    from flipout.evolution.ray import RayWorkers
+    from flipout.evolution.rollouts import Rollouts
+
+__all__ = [
+    "EvolutionStrategy",
+    "Generation",
+    "Members",
+    "ObservationNormalizer",
+    "ParameterNoise",
+    "RayWorkers",
+    "Rollouts",
+    "load_checkpoint",
+    "noisy",
+    "save_checkpoint",
+]
+
+#: What needs a package that the library does not: imported when it is asked for.
+_OPTIONAL = {"Rollouts": "flipout.evolution.rollouts", "RayWorkers": "flipout.evolution.ray"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPTIONAL:
+        return getattr(importlib.import_module(_OPTIONAL[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,78 @@
+"""Saving a run of evolution whole, and going on with it to the same result."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from flipout.errors import ArgumentError
+from flipout.evolution.strategy import EvolutionStrategy
+from flipout.files import replace_file
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+class Stateful(Protocol):
+    """What has a state: an optimiser, a scheduler, a normaliser."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def save_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) -> None:
+    """Saves the strategy, its module and the given parts into one file, whole or not at all.
+
+    Args:
+        path: of the file.
+        es: the strategy.
+        **parts: what else must go on as it was: ``optimiser=``, ``scheduler=``, ``normalizer=``.
+
+    Raises:
+        ArgumentError: if a part's state holds anything but tensors, numbers, texts, and lists and dicts of them.
+        SaveError: if it cannot be written; the file is as it was.
+
+    Example:
+        >>> import tempfile, torch, flipout
+        >>> module = torch.nn.Linear(3, 1)
+        >>> es = flipout.evolution.EvolutionStrategy(module, population=8)
+        >>> optimiser = torch.optim.Adam(module.parameters())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
+        ...     load_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
+    """
+    states = {name: part.state_dict() for name, part in _all(es, parts).items()}
+    content = io.BytesIO()
+    torch.save(states, content)
+    content.seek(0)
+    try:
+        torch.load(content, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ArgumentError(
+            f"the state for {path} could not be loaded again without running code from the file: {error}"
+        ) from error
+    replace_file(Path(path), content.getbuffer())
+
+
+def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) -> None:
+    """Brings the strategy, its module and the parts to where :func:`save_checkpoint` left them.
+
+    Raises:
+        ArgumentError: if the file is not there or damaged, lacks a part or has one more, or is of another strategy.
+    """
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"strategy", "module", *parts} ^ set(states)
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ArgumentError(f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]})") from error
+    if missing:
+        raise ArgumentError(f"the checkpoint {path} has {sorted(states)}: pass the parts that it was saved with, by the same names")
+    for name, part in _all(es, parts).items():
+        part.load_state_dict(states[name])
+
+
+def _all(es: EvolutionStrategy, parts: dict[str, Stateful]) -> dict[str, Stateful]:
+    return {"strategy": es, "module": es.module, **parts}
