@@ -18,6 +18,8 @@ _lay_out: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 #: Entries of a matrix from which on its products are faster this way, and from which on laying it out for that pays as well.
 _LARGE, _LAID_OUT = 2**18, 2**19
+#: Rows from which on Dᵀ X is as fast without a copy.
+_LONG = 2**11
 
 
 def _serves(weight: Tensor) -> bool:
@@ -26,9 +28,9 @@ def _serves(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _LARGE
 
 
-def favours_rows(d: Tensor) -> bool:
-    """Whether products Dᵀ X are worth a transposed copy of D."""
-    return _serves(d)
+def favours_rows(d: Tensor, x: Tensor) -> bool:
+    """Whether the products Dᵀ X are worth a transposed copy of D: of many rows it takes longer than it saves."""
+    return _serves(x) and d.shape[1] * x.shape[1] >= _LARGE and len(x) < _LONG
 
 
 def product(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:

@@ -204,9 +204,9 @@ class _Slopes:
     A copy laid out by gates is kept where weight gradients Dᵀ X come faster from it.
     """
 
-    def __init__(self, rows: _Rows, buffer: Tensor) -> None:
+    def __init__(self, rows: _Rows, buffer: Tensor, *operands: Tensor) -> None:
         self.rows, self.buffer = rows, buffer
-        self.turned = buffer.t().contiguous() if favours_rows(buffer) else None
+        self.turned = buffer.t().contiguous() if all(favours_rows(buffer, x) for x in operands) else None
         self._signs: Tensor | None = None  # of the copy
 
     def replace_(self, start: int, values: Tensor) -> None:
@@ -284,9 +284,9 @@ def _backward(
     found[1], found[2] = dh, dc
     if needs[4]:
         found[4] = rows.sum(d, bias_h)
-    slopes = _Slopes(rows, d)
-    middle = 5 + len(SignedMatrix._fields)
-    found[middle:] = slopes.matrix(steps.previous(output, h0), recurrent, needs[middle:])
+    middle, previous = 5 + len(SignedMatrix._fields), steps.previous(output, h0)
+    slopes = _Slopes(rows, d, x, previous)
+    found[middle:] = slopes.matrix(previous, recurrent, needs[middle:])
     if d_candidate is not None:  # the input part of a GRU's candidate is not behind its reset gate
         slopes.replace_(2 * h0.shape[1], d_candidate)
     if needs[3]:
