@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import THREADS, Timing
+from benchmarks.harness import CLOCK, THREADS, Timing
 
 __all__ = ["Row", "Section", "Target", "environment"]
 
@@ -114,6 +114,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": THREADS,
         "load": load,
+        "clock": CLOCK,
         "wait policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -128,10 +129,11 @@ def describe(env: Mapping[str, Any]) -> str:
     """One line on the machine."""
     load = "" if env["load"] is None else f", load average {env['load']:.1f} at the start"
     policy = "" if env["wait policy"] == "default" else f" (OMP_WAIT_POLICY={env['wait policy']})"
+    clock = ", timed by the processor seconds of the main thread" if env["clock"] == "thread" else ""
     peer = f", bayesian-torch {env['bayesian-torch']}" if env["bayesian-torch"] else ""
     return (
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads{policy}, torch {env['torch']}, "
-        f"Python {env['python']}{peer}; {env['date']}{load}"
+        f"Python {env['python']}{peer}{clock}; {env['date']}{load}"
     )
 
 
