@@ -41,7 +41,7 @@ def wall(result: dict[str, Any]) -> str:
 
 def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
     settings = result["settings"].get("subject", result["settings"])
-    machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
+    machine = f"{environment['processors']} processors, {environment['threads']} thread{'s' * (environment['threads'] > 1)}, torch {environment['torch']}"
     facts = [result["data"].replace(f"; {settings['data_dir']}", ", from --data-dir")]
     if "parameters" in result:
         facts.append(f"{result['parameters']:,} parameters")
@@ -176,7 +176,7 @@ def about_evolution(result: dict[str, Any], environment: dict[str, Any]) -> str:
         else f"{problem['net']} {problem['width']:g}, {problem['examples']} examples, {problem['updates']} updates; "
     )
     seeds = f"seeds {result['settings']['seeds']}; " if problem is not None else ""
-    machine = f"{environment['processors']} processors, {environment['threads']} threads, torch {environment['torch']}"
+    machine = f"{environment['processors']} processors, {environment['threads']} thread{'s' * (environment['threads'] > 1)}, torch {environment['torch']}"
     return f"*{net}{seeds}preset {result['preset']}; {wall(result)}; {machine}; begun {environment['started']}*"
 
 
