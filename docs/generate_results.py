@@ -39,9 +39,13 @@ def wall(result: dict[str, Any]) -> str:
     return f"{sum(seconds.values()) / 60:.1f} min of wall time ({longest})"
 
 
+def machine(environment: dict[str, Any]) -> str:
+    threads = environment["threads"]
+    return f"{environment['processors']} processors, {threads} thread{'s' * (threads > 1)}, torch {environment['torch']}"
+
+
 def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
     settings = result["settings"].get("subject", result["settings"])
-    machine = f"{environment['processors']} processors, {environment['threads']} thread{'s' * (environment['threads'] > 1)}, torch {environment['torch']}"
     facts = [result["data"].replace(f"; {settings['data_dir']}", ", from --data-dir")]
     if "parameters" in result:
         facts.append(f"{result['parameters']:,} parameters")
@@ -51,7 +55,7 @@ def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
     first, several = settings["seed"], settings.get("seeds", 1)
     seeds = f"seeds {first} to {first + several - 1}" if several > 1 else f"seed {first}"
     facts.append(f"preset {result['preset']}, {seeds}")
-    return f"*{'; '.join([*facts, wall(result), machine])}; begun {environment['started']}*"
+    return f"*{'; '.join([*facts, wall(result), machine(environment)])}; begun {environment['started']}*"
 
 
 def variance(result: dict[str, Any]) -> str:
@@ -176,8 +180,7 @@ def about_evolution(result: dict[str, Any], environment: dict[str, Any]) -> str:
         else f"{problem['net']} {problem['width']:g}, {problem['examples']} examples, {problem['updates']} updates; "
     )
     seeds = f"seeds {result['settings']['seeds']}; " if problem is not None else ""
-    machine = f"{environment['processors']} processors, {environment['threads']} thread{'s' * (environment['threads'] > 1)}, torch {environment['torch']}"
-    return f"*{net}{seeds}preset {result['preset']}; {wall(result)}; {machine}; begun {environment['started']}*"
+    return f"*{net}{seeds}preset {result['preset']}; {wall(result)}; {machine(environment)}; begun {environment['started']}*"
 
 
 def evolution_section(folder: Path, result: dict[str, Any], environment: dict[str, Any]) -> tuple[str, str]:
