@@ -92,6 +92,12 @@ def fashion_mnist(
 
     Raises:
         ArgumentError: as :func:`mnist`, and where it cannot be had: no package ships it.
+
+    Example:
+        >>> fashion_mnist(download=False)
+        Traceback (most recent call last):
+            ...
+        flipout.errors.ArgumentError: fashion-mnist: downloads are off, and no package ships it; name a folder ...
     """
     return _idx_dataset("fashion-mnist", remote, data_dir, cache, download, None)
 
@@ -110,6 +116,12 @@ def cifar10(
 
     Raises:
         ArgumentError: as :func:`fashion_mnist`.
+
+    Example:
+        >>> cifar10(download=False)
+        Traceback (most recent call last):
+            ...
+        flipout.errors.ArgumentError: CIFAR-10: downloads are off, and no package ships it; name a folder ...
     """
 
     def read(find: Find) -> Dataset:

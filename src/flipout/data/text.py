@@ -94,6 +94,11 @@ def tiny_shakespeare(
 
     Raises:
         ArgumentError: if ``data_dir`` lacks the file.
+
+    Example:
+        >>> text = tiny_shakespeare(download=False)  # the stand-in
+        >>> text.level, len(text.train) > 400_000
+        ('char', True)
     """
 
     def read(find: Find) -> dict[str, str]:

@@ -62,6 +62,14 @@ def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
 
     Raises:
         ArgumentError: if the file is not there or damaged, lacks a part or has one more, or is of another strategy.
+
+    Example:
+        >>> import torch, flipout
+        >>> es = flipout.evolution.EvolutionStrategy(torch.nn.Linear(3, 1), population=8)
+        >>> load_checkpoint("nowhere.pt", es)
+        Traceback (most recent call last):
+            ...
+        flipout.errors.ArgumentError: the checkpoint nowhere.pt cannot be read ...
     """
     try:
         states = torch.load(path, map_location="cpu", weights_only=True)
