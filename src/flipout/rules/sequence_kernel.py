@@ -7,7 +7,8 @@ With x_t the input and h_{t-1} the hidden state of one sequence, its gates get
 with the same ΔW, r and s at every step. The input terms of all steps are one pair of products; only the hidden pair is left
 inside the loop. Backward walks the loop once for the gradients of the gates, all of whose factors that do not depend on what
 comes from later steps are computed for the whole sequence first, and then forms each weight gradient by one product over all
-steps. Kept between forward and backward: the gates and the cell states, as a plain layer keeps them, and the signs as they came.
+steps. Kept between forward and backward: the gates and the cell states, as a plain layer keeps them, the signs as they came, and
+ΔW, or the ε it was made of where that is needed and ΔW follows from it.
 """
 
 from __future__ import annotations
