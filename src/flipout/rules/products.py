@@ -85,7 +85,7 @@ def _forward_one(
     groups = x.shape[axis] // repeat
     z = F.linear(_times(s[::repeat], x.narrow(axis, 0, groups)), base, bias_base)
     numbers = _signs(r, z).unflatten(0, (groups, repeat))
-    y = (z.unsqueeze(axis + 1) * numbers).flatten(axis, axis + 1)
+    y: Tensor = (z.unsqueeze(axis + 1) * numbers).flatten(axis, axis + 1)
     return y.add_(mean_product(x, mean, bias))
 
 
