@@ -26,12 +26,11 @@ POPULATION, DENSE, EXPLICIT = 8192, 32, 8
 EXPLICIT_BOUND, VMAP_BOUND, EVOTORCH_BOUND, BATCH_BOUND, LOW_RANK_BOUND, MEMORY_BOUND = 40, 100, 150, 4, 1.7, 1024.0
 Step = Callable[[], object]
 
-TEXT = f"""A whole generation on 784-512-512-10 (669,706 weights), float32: noise, forward passes, centered ranks, the update's sum;
-antithetic pairs everywhere. Times are per *member*. *FlipES* has {POPULATION:,} members with an example each; *explicit* perturbs
-the net member by member with torch.randn, and draws the same noise again for the sum; *noise table* takes its noise from a shared
-table in memory, as the paper's cpuES does; *vmap* has {DENSE} dense members at once under `torch.func.vmap`; *EvoTorch* is its
-PGPE with its vectorised
-evaluation, {DENSE} members at once. With 32 examples, all members see one batch."""
+TEXT = f"""A whole generation on 784-512-512-10 (669,706 weights), float32: noise, forward passes, centered ranks, the update's
+sum; antithetic pairs everywhere. Times are per *member*. *FlipES* has {POPULATION:,} members with an example each; *explicit*
+perturbs the net member by member with torch.randn, and draws the same noise again for the sum; *noise table* takes its noise from
+a shared table in memory, as the paper's cpuES does; *vmap* has {DENSE} dense members at once under `torch.func.vmap`; *EvoTorch*
+is its PGPE with its vectorised evaluation, {DENSE} members at once. With 32 examples, all members see one batch."""
 
 
 def net() -> nn.Sequential:

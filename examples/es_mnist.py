@@ -17,11 +17,13 @@ def train(
 ) -> list[tuple[float, float]]:
     """Trains for so long and returns (seconds, test accuracy of the averaged mean weights) as it went."""
     data = embedded_mnist(seed) if data_dir is None else mnist(data_dir=data_dir)
-    images, labels, tests = data.train.inputs.flatten(1), data.train.labels, data.test.inputs.flatten(1)
+    mean, scale = data.train.inputs.mean(), data.train.inputs.std()
+    images, tests = ((part.inputs.flatten(1) - mean) / scale for part in (data.train, data.test))
+    labels = data.train.labels
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-    es = flipout.evolution.EvolutionStrategy(module, std=0.05, population=population, seed=seed, chunk=128)
-    optimiser = torch.optim.Adam(module.parameters(), lr=0.02)
+    es = flipout.evolution.EvolutionStrategy(module, std=0.02, population=population, seed=seed, chunk=128)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.97))  # of the last thirty updates or so
     batches = torch.Generator().manual_seed(seed)
     start, told = time.perf_counter(), [(0.0, 0.0)]
@@ -34,7 +36,7 @@ def train(
             return members.mean(-F.cross_entropy(logits.flatten(0, 1), y.repeat(members.count), reduction="none"))
 
         es.step(evaluate)
-        optimiser.param_groups[0]["lr"] = 0.02 * max(1 - elapsed / seconds, 0.02)
+        optimiser.param_groups[0]["lr"] = 0.01 * max(1 - elapsed / seconds, 0.02)
         optimiser.step()
         average.update_parameters(module)
         if elapsed - told[-1][0] > seconds / 20:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import flipout
 from flipout.evolution import EvolutionStrategy
@@ -253,6 +254,23 @@ def test_expanded_repeated_and_row_blocks_agree():
         assert members.mean(repeated[:, 0]).shape == members.mean(expanded).shape == (10,)
         with pytest.raises(flipout.BatchError, match="do not divide into 10 members"):
             members.mean(torch.ones(12))
+
+
+def test_a_pair_that_sees_one_batch_shares_its_signed_product(monkeypatch):
+    module, x = mlp(), torch.randn(7, 6, dtype=torch.float64)
+    counts = []
+    for few in (2**20, 0):  # signs as numbers, signs as bits
+        monkeypatch.setattr("flipout.evolution.noise._FEW_SIGNS", few)
+        es = EvolutionStrategy(module, 0.2, 10, seed=4)
+        for rows in ("expand", "repeat"):
+            with es.ask() as members, FlopCounterMode(display=False) as counter:
+                y = module(members.expand(x) if rows == "expand" else members.repeat(x)).reshape(10, 7, 3)
+            counts.append(counter.get_total_flops())
+            for n in (0, 1, 9):
+                torch.testing.assert_close(y[n], es.member(0, n)(x))
+    product = 2 * 7 * 6 * 5  # of the first layer, for one member
+    assert counts[1] - counts[0] == (10 - 1) * product + (10 - 5) * product
+    assert counts[2:] == counts[:2]
 
 
 def test_discrete_losses_and_hard_units_learn():

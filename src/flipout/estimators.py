@@ -65,7 +65,7 @@ class Sample:
         index = torch.as_tensor(list(members), device=self.unit.device)
 
         factors = tuple(
-            tuple(replace(o, values=o.put(index, n)) for o, n in zip(olds, news, strict=True))
+            tuple(replace(o, values=o.put(index, n), repeat=1) for o, n in zip(olds, news, strict=True))
             for olds, news in zip(self.factors, fresh.factors, strict=True)
         )
         unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
@@ -155,7 +155,7 @@ class Flipout(Estimator):
         def renewed(old: Factor, new: Factor) -> Factor:
             if id(old.values) not in put:
                 put[id(old.values)] = old.put(index, new)
-            return replace(old, values=put[id(old.values)])
+            return replace(old, values=put[id(old.values)], repeat=1)
 
         fresh = self._factors(targets, len(members), generator)
         return [

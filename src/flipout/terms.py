@@ -27,6 +27,8 @@ class Factor:
         sizes: the weight's size along each of ``axes``.
         packed: whether ``values`` holds bits.
         signs: whether numbers are known to be -1 and +1, as bits always are.
+        repeat: rows of ``values`` that are known to be equal, one group after the other (2 for antithetic pairs); 1 where nothing
+            is known.
     """
 
     values: Tensor | None
@@ -34,6 +36,7 @@ class Factor:
     sizes: tuple[int, ...]
     packed: bool = True
     signs: bool = False
+    repeat: int = 1
 
     @property
     def count(self) -> int:
@@ -77,7 +80,7 @@ class Factor:
         """The factor of some members only."""
         if self.values is None:
             return self
-        return replace(self, values=self.values[index])
+        return replace(self, values=self.values[index], repeat=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

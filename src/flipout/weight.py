@@ -126,7 +126,7 @@ class PerturbedWeight(torch.Tensor):
         terms = []
         for term in self.terms:
             bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
-            factors = [replace(factor, values=b, packed=True) for factor, b in zip(term.factors, bits, strict=True)]
+            factors = [replace(factor, values=b, packed=True, repeat=1) for factor, b in zip(term.factors, bits, strict=True)]
             terms.append(Term(term.base, tuple(factors)))
         return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
 

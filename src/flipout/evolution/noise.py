@@ -101,7 +101,8 @@ class Directions:
             if self.paired:
                 bits = torch.stack([bits, bits if k else ~bits], 1).flatten(0, 1)
             bits = bits.contiguous().to(target.mean.device)
-            factors.append(Factor(unpack(bits, math.prod(sizes), target.mean.dtype) if few else bits, axes, sizes, packed=not few))
+            values = unpack(bits, math.prod(sizes), target.mean.dtype) if few else bits
+            factors.append(Factor(values, axes, sizes, packed=not few, signs=True, repeat=2 if self.paired and k else 1))
         return tuple(factors)
 
     def _low_rank(self, i: int, target: Target, rank: int) -> Sample:

@@ -105,7 +105,7 @@ def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> tuple[Tensor, Any] 
     elif len(bias.terms) == 1 and len(bias.terms[0].factors) == 1 and bias.terms[0].factors[0].values is r.values:
         b, db, left = bias.mean_weight, bias.terms[0].base, None
     x, mean, base, b, db = autocast(x, weight.mean_weight, weight.terms[0].base, b, db)
-    return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db), left
+    return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db, s.repeat), left
 
 
 def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor:

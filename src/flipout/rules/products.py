@@ -28,6 +28,7 @@ def signed_linear(
     r: Tensor,
     bias: Tensor | None = None,
     bias_base: Tensor | None = None,
+    repeat: int = 1,
 ) -> Tensor:
     """X W̄ᵀ + b + R ∘ ((S ∘ X) ΔWᵀ + Δb).
 
@@ -39,11 +40,12 @@ def signed_linear(
         r: signs of the outputs, packed or as numbers ``[N, out]``.
         bias: mean bias ``[out]`` or None.
         bias_base: Δb ``[out]``, perturbed under the signs of the outputs, or None.
+        repeat: how many consecutive members have the same ``s``; where they see one input as well, they share (S ∘ X) ΔWᵀ.
 
     Returns:
         ``[N, out]`` or ``[A, N, T, out]``.
     """
-    operands = (x, mean, base, s, r, bias, bias_base)
+    operands = (x, mean, base, s, r, bias, bias_base, repeat)
     if composed(x, mean, base, bias, bias_base):
         return _forward(*operands)
     result: Tensor = _SignedLinear.apply(*operands)  # type: ignore[no-untyped-call]
@@ -65,12 +67,26 @@ def _times(signs: Tensor, x: Tensor) -> Tensor:
     return numbers * x
 
 
-def _forward(x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None) -> Tensor:
-    y = mean_product(x, mean, bias)
+def _forward(
+    x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None, repeat: int
+) -> Tensor:
+    if _one_input(x):
+        return _forward_one(x, mean, base, s, r, bias, bias_base, repeat)
+    y = F.linear(x, mean, bias)
     z = F.linear(_times(s, x), base, bias_base)
-    if transformed():
-        return y + _signs(r, z) * z
-    return z.mul_(_signs(r, z)).add_(y) if _one_input(x) else y.addcmul_(z, _signs(r, z))
+    return y + _signs(r, z) * z if transformed() else y.addcmul_(z, _signs(r, z))
+
+
+def _forward_one(
+    x: Tensor, mean: Tensor, base: Tensor, s: Tensor, r: Tensor, bias: Tensor | None, bias_base: Tensor | None, repeat: int
+) -> Tensor:
+    """As :func:`_forward`, where all members see one input: both products are computed once for those that share them."""
+    axis = _members_axis(x)
+    groups = x.shape[axis] // repeat
+    z = F.linear(_times(s[::repeat], x.narrow(axis, 0, groups)), base, bias_base)
+    numbers = _signs(r, z).unflatten(0, (groups, repeat))
+    y: Tensor = (z.unsqueeze(axis + 1) * numbers).flatten(axis, axis + 1)
+    return y.add_(mean_product(x, mean, bias))
 
 
 def mean_product(x: Tensor, mean: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,7 +119,7 @@ class _SignedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, base, s, r = ctx.saved_tensors
-        needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base = ctx.needs_input_grad
+        needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
         out, width = mean.shape
         g = grad.reshape(-1, out)
         gx = gw = gd = gb = gc = None
@@ -123,7 +139,7 @@ class _SignedLinear(torch.autograd.Function):
             gb = g.sum(0)
         if needs_bias_base:
             gc = rg.sum(0)
-        return gx, gw, gd, None, None, gb, gc
+        return gx, gw, gd, None, None, gb, gc, None
 
 
 def factored_product(x: Tensor, base: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
