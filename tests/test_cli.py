@@ -61,6 +61,7 @@ def test_names_the_extra_that_is_missing(package, monkeypatch, tmp_path):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *rest)
 
+    monkeypatch.setattr(flipout, "experiments", flipout.experiments)  # put back with sys.modules, where importing sets another
     for module in [m for m in sys.modules if m.partition(".")[0] == package or m.startswith("flipout.experiments")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(builtins, "__import__", refuse)
