@@ -16,8 +16,8 @@ __all__ = ["favours_rows", "product", "stepwise"]
 
 _lay_out: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-#: Entries of a matrix from which on its products are faster this way, and from which on laying it out for that pays as well.
-_LARGE, _LAID_OUT = 2**18, 2**19
+#: Entries of a matrix from which on its products are faster this way.
+_LARGE = 2**18
 #: Rows from which on Dᵀ X is as fast without a copy.
 _LONG = 2**11
 
@@ -50,8 +50,6 @@ def stepwise(weight: Tensor, rows: int, times: int) -> Callable[..., Tensor] | N
         return None
     prepared = weight.detach()
     if weight.is_contiguous():
-        if weight.numel() < _LAID_OUT:
-            return None
         prepared = _lay_out(prepared, rows)
     return lambda x, y=None: _linear_of(x, prepared, y)
 
