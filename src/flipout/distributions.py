@@ -102,7 +102,7 @@ def _inside(dist: Distribution, value: Tensor) -> Tensor:
     inside: Tensor = dist.support.check(value)  # type: ignore[union-attr]
     if isinstance(dist, TransformedDistribution):
         for transform in reversed(dist.transforms):
-            value = transform.inv(value)
+            value = transform.inv(value)  # pyright: ignore[reportAssignmentType]
         inside = inside & _inside(dist.base_dist, value)
     return inside
 

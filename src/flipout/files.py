@@ -126,8 +126,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "item"):  # a number of numpy's
-        return plain(value.item())
+    if callable(item := getattr(value, "item", None)):  # a number of numpy's
+        return plain(item())
     raise ArgumentError(f"{value!r} is a {type(value).__name__}, not for JSON: pass numbers, texts, lists and dicts")
 
 

@@ -165,8 +165,6 @@ class Gaussian(Noise):
         True
     """
 
-    std: float | Tensor
-
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         # the stream of randn(), which torch.compile cannot give a generator where a size is not fixed
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
@@ -188,8 +186,6 @@ class Rademacher(Noise):
         >>> noise.perturbation(unit, torch.zeros(4)).abs()
         tensor([0.1000, 0.1000, 0.1000, 0.1000])
     """
-
-    std: float | Tensor
 
     @property
     def discrete(self) -> bool:
@@ -285,7 +281,7 @@ class _ScaleByExp(torch.autograd.Function):
         return scaled
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scaled,) = ctx.saved_tensors
         return None, (grad * scaled).sum_to_size(ctx.shape)
 

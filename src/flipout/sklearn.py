@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -234,7 +234,7 @@ def _layers(sizes: tuple[int, ...], generator: torch.Generator) -> nn.Module:
     """Linear layers with ReLU between them, weights from He's law, biases from zero, in float64."""
     parts: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float64)
+        layer = cast(nn.Linear, nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float64))
         with torch.no_grad():
             layer.weight.normal_(0.0, math.sqrt(2 / before), generator=generator)
             layer.bias.zero_()

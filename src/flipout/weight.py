@@ -146,7 +146,7 @@ class PerturbedWeight(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         leaves = dict(self._leaves())
-        self.__dict__.update(leaves)
+        vars(self).update(leaves)
         return list(leaves), (self.terms, self.batch, self.origin)
 
     @classmethod
@@ -227,7 +227,7 @@ def operation_name(func: Any) -> str:
     """A torch function's name as its documentation has it, for messages."""
     name = torch.overrides.resolve_name(func) if callable(func) else None
     if name is None and getattr(func, "__name__", "") in {"__get__", "__set__"}:
-        name = f"torch.Tensor.{getattr(func.__self__, '__name__', '?')}"
+        name = f"torch.Tensor.{getattr(getattr(func, '__self__', None), '__name__', '?')}"
     name = name or getattr(func, "__qualname__", None) or str(func)
     return name.replace("_VariableFunctionsClass.", "torch.")
 

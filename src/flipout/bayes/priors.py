@@ -32,8 +32,8 @@ class ScaleMixture(Distribution):
         tensor(2.1942)
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
+    support = constraints.real  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     has_rsample = False
 
     def __init__(self, weight: float = 0.5, std1: float = 1.0, std2: float = math.exp(-6)) -> None:
@@ -69,8 +69,8 @@ class LogUniform(Distribution):
         tensor([0.0000, 2.9327])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
+    support = constraints.real  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     has_rsample = False
     #: log p(w) = constant - log|w|.
     constant = -0.5 * (math.log(2 * math.pi * math.e) + np.euler_gamma + math.log(2.0))

@@ -78,7 +78,7 @@ def fetch(remote: Remote, name: str, cache: Path | None = None) -> Path:
                 remote.hashes[name],
                 fname=name,
                 path=folder,
-                downloader=pooch.HTTPDownloader(timeout=_TIMEOUT),
+                downloader=pooch.HTTPDownloader(timeout=_TIMEOUT),  # pyright: ignore[reportArgumentType]
             )
             return Path(path)
         except (requests.exceptions.RequestException, OSError) as error:

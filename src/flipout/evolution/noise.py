@@ -76,10 +76,11 @@ class Directions:
         members = (self.stop - self.start) * (1 + self.paired)
         few = members * sum(math.prod(sizes) for places in own for _, sizes in places) <= _FEW_SIGNS
         for i, (target, places) in enumerate(zip(targets, own, strict=True)):
+            factors: tuple[Factor, ...] = ()
             if target.matrix is None:
                 factors = self._signs(i, target, places, few)
                 rows[target.name] = factors[0]
-            samples.append(Sample(self._base(i, target), (factors if target.matrix is None else (),), scaled=True))
+            samples.append(Sample(self._base(i, target), (factors,), scaled=True))
         return [  # a bias has the output signs of its matrix
             sample if target.matrix is None else Sample(sample.unit, ((rows[target.matrix],),), scaled=True)
             for target, sample in zip(targets, samples, strict=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from flipout.errors import ArgumentError, EvaluationError
@@ -69,12 +70,16 @@ class RayWorkers:
     Raises:
         ArgumentError: for numbers that are too small.
 
-    Use it so::
-
-        with RayWorkers(es, evaluate, workers=2) as workers:
-            for _ in range(100):
-                fitness = workers.step()
-                optimiser.step()
+    Example:
+        >>> es = EvolutionStrategy(torch.nn.Linear(2, 1), population=16)
+        >>> optimiser = torch.optim.SGD(es.module.parameters(), lr=0.1)
+        >>> def evaluate(module, members):
+        ...     return -module(torch.ones(members.count, 2)).square().sum(1)
+        >>> with RayWorkers(es, evaluate, workers=1) as workers:
+        ...     fitness = workers.step()
+        ...     optimiser.step()
+        >>> fitness.shape
+        torch.Size([16])
     """
 
     def __init__(
@@ -131,7 +136,8 @@ class RayWorkers:
 
     def evaluate(self) -> Tensor:
         """The fitness of the generation, float64 ``[population]``; NaN for members that were dropped."""
-        es, evaluate = self.es, self._evaluate
+        es = self.es
+        evaluate: Any = self._evaluate
         if hasattr(evaluate, "begin"):
             evaluate.begin(es.generation)
         state = evaluate.state_dict() if hasattr(evaluate, "state_dict") else None
@@ -167,7 +173,7 @@ class RayWorkers:
             members, worker = busy.pop(done)
             try:
                 found[members] = ray.get(done)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 self._failed(members, worker, error, tried, todo, failures)
             idle.append(worker)
         return found, failures
@@ -176,9 +182,9 @@ class RayWorkers:
         self, members: Range, worker: int, error: Any, tried: dict[Range, int], todo: deque[Range], failures: dict[Range, str]
     ) -> None:
         tried[members] += 1
-        told = str(error).strip().splitlines()[-1] if isinstance(error, ray.exceptions.RayTaskError) else type(error).__name__
+        told = str(error).strip().splitlines()[-1] if isinstance(error, RayTaskError) else type(error).__name__
         where = f"generation {self.es.generation}, members {members[0]} to {members[1] - 1}"
-        if not isinstance(error, ray.exceptions.RayTaskError):  # the process is gone
+        if not isinstance(error, RayTaskError):  # the process is gone
             with contextlib.suppress(Exception):
                 ray.kill(self._workers[worker])
             self._workers[worker] = self._actor.remote(*self._arguments)

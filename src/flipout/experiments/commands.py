@@ -13,6 +13,7 @@ import flipout
 from flipout.experiments.console import interval, progress_bars, spread
 from flipout.experiments.lm_commands import lm
 from flipout.experiments.reproduce_commands import reproduce
+from flipout.experiments.usage import epilog
 
 if TYPE_CHECKING:
     from flipout.experiments.demo import DemoResult
@@ -21,14 +22,13 @@ __all__ = ["app"]
 
 app = typer.Typer(
     help="Per-example random weights: measurements and experiments.",
+    epilog=epilog("flipout demo --quick", "flipout reproduce list", "flipout train-es --help"),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-
 app.add_typer(reproduce, name="reproduce")
-app.command()(lm)
+app.command(epilog=epilog("flipout lm --text book.txt --epochs 5", "flipout lm --text book.txt --resume --prompt Once"))(lm)
 
 
 def _print_version(wanted: bool) -> None:
@@ -44,10 +44,10 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(epilog=epilog("flipout demo --quick", "flipout demo --device cuda --out runs/gpu"))
 def demo(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of the data split, the net, and every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data split, the net, and every draw.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for result.json, demo.png and demo.svg.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Seconds in place of a minute and a half: wide intervals.")] = False,
 ) -> None:
@@ -70,10 +70,10 @@ def demo(
     console.print(f"{sum(result.seconds.values()):.0f} s in all", highlight=False)
 
 
-@app.command()
+@app.command(epilog=epilog("flipout report runs --out report.html"))
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them; by default runs.")] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("runs/report.html"),
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("runs/report.html"),
 ) -> None:
     """Write one self-contained HTML page from run folders: figures, tables beside the paper's numbers, settings, wall time."""
     from flipout.report import write_report
@@ -85,22 +85,26 @@ def report(
     console.print(f"saved {out}: {len(finished)} runs", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command("train-es")
+@app.command(
+    "train-es", epilog=epilog("flipout train-es CartPole-v1 --goal 475", "flipout train-es Acrobot-v1 --population 128 --resume")
+)
 def train_es(
     env: Annotated[str, typer.Argument(help="A gymnasium id, such as CartPole-v1, Acrobot-v1, LunarLander-v3.")],
     population: Annotated[int, typer.Option(min=2, help="Policies a generation, each in an environment of its own.")] = 64,
-    generations: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
-    std: Annotated[float, typer.Option(help="Standard deviation of the noise on the weights.")] = 0.3,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 0.1,
+    generations: Annotated[int, typer.Option(min=1, help="Train for at most so many.")] = 100,
+    std: Annotated[float, typer.Option(help="Standard deviation of the noise, in the units of the weights.")] = 0.3,
+    learning_rate: Annotated[float, typer.Option(help="Step size of Adam, in the units of the weights.")] = 0.1,
     hidden: Annotated[str, typer.Option(help="Hidden units of the policy, with commas; 0 for a linear policy.")] = "16",
     episodes: Annotated[int, typer.Option(min=1, help="Played by each policy in a generation.")] = 1,
-    goal: Annotated[float | None, typer.Option(help="Stop once the population's mean return stays above it.")] = None,
-    max_seconds: Annotated[float, typer.Option(min=0, help="Stop after so much training; 0 for no limit.")] = 0.0,
+    goal: Annotated[
+        float | None, typer.Option(help="Stop once the population's mean return stays above it; by default never.")
+    ] = None,
+    max_seconds: Annotated[float, typer.Option(min=0, help="Stop after so many seconds of training; 0 for no limit.")] = 0.0,
     normalize: Annotated[bool, typer.Option(help="Normalise observations by what the population has seen.")] = True,
     video: Annotated[bool, typer.Option(help="Draw an episode into episode.gif.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/train-es-ENV.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of the policy, the noise and the environments.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the policy, the noise and the environments.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from flipout.data import Dataset, Examples
 from flipout.estimators import Flipout, Independent
 from flipout.evolution import EvolutionStrategy, Members
-from flipout.experiments.networks import ConvLe
+from flipout.experiments.networks import ConvLe, linear
 from flipout.gradients import stream
 
 __all__ = ["Contestant", "Problem", "make_net", "test_accuracy", "train"]
@@ -73,11 +73,7 @@ def make_net(problem: Problem, seed: int) -> nn.Module:
     width = int(problem.width)
     layers: list[nn.Module] = []
     for inputs, outputs in ((784, width), (width, width), (width, 10)):
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-        layers += [layer, nn.ReLU()]
+        layers += [linear(inputs, outputs, generator), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -19,18 +19,20 @@ def lm(
     method: Annotated[
         str | None, typer.Option(help="none, gal, gaussian-flipout, wd-flipout, ...; by default with flipout.")
     ] = None,
-    units: Annotated[int, typer.Option(min=1, help="Of each LSTM layer.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="At most so many passes over the text.")] = 20,
+    units: Annotated[int, typer.Option(min=1, help="Units of each LSTM layer.")] = 256,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text, at most.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/lm-TEXT.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of the model and every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the model and every draw.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder, or use the model in it.")] = False,
     sample: Annotated[int, typer.Option(min=0, help="Tokens to draw from the model.")] = 400,
     prompt: Annotated[str, typer.Option(help="What the drawn text begins with.")] = "",
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Below 1 likely tokens come more often; 0: always the likeliest.")
     ] = 1.0,
-    evaluate: Annotated[Path | None, typer.Option(help="Another text, to tell how well the model predicts it.")] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Another text in UTF-8, to tell how well the model predicts it; by default none.")
+    ] = None,
 ) -> None:
     """Train a language model with random weights on a text of your own, see how well it predicts, and let it write."""
     from flipout.experiments.lm import lm_settings, run_lm

@@ -8,15 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CharLSTM", "ConvLe", "ConvVGG", "FullyConnected", "State", "TiedLSTM", "WordLSTM", "count_parameters"]
+__all__ = ["CharLSTM", "ConvLe", "ConvVGG", "FullyConnected", "State", "TiedLSTM", "WordLSTM", "count_parameters", "linear"]
 
 #: Hidden and cell state of an LSTM, ``[layers, N, units]`` each.
 State = tuple[Tensor, Tensor]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -44,9 +46,9 @@ class FullyConnected(nn.Module):
 
     def __init__(self, generator: torch.Generator | None = None, units: int = 512, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = _linear(784, units, generator)
-        self.fc2 = _linear(units, units, generator)
-        self.fc3 = _linear(units, 10, generator)
+        self.fc1 = linear(784, units, generator)
+        self.fc2 = linear(units, units, generator)
+        self.fc3 = linear(units, 10, generator)
         self.dropout = dropout
         self.dropout_generator: torch.Generator | None = None
 
@@ -83,8 +85,8 @@ class ConvLe(nn.Module):
         first, second, hidden = (max(1, round(width * n)) for n in (32, 64, 1024))
         self.conv1 = _conv(1, first, 5, generator)
         self.conv2 = _conv(first, second, 5, generator)
-        self.fc1 = _linear(7 * 7 * second, hidden, generator)
-        self.fc2 = _linear(hidden, 10, generator)
+        self.fc1 = linear(7 * 7 * second, hidden, generator)
+        self.fc2 = linear(hidden, 10, generator)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.max_pool2d(torch.relu(self.conv1(images)), 2)
@@ -126,7 +128,7 @@ class ConvVGG(nn.Module):
                 self.convs.append(_conv(channels, channels := max(1, round(width * n)), 3, generator))
             self._ends.add(len(self.convs) - 1)
         for n in (channels, channels, 10):
-            self.fcs.append(_linear(channels, n, generator))
+            self.fcs.append(linear(channels, n, generator))
         for layer in (*self.convs, *self.fcs):
             _he(layer, generator)
 
@@ -170,9 +172,9 @@ class WordLSTM(nn.Module):
     ) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.embedding: nn.Embedding = nn.utils.skip_init(nn.Embedding, vocabulary, units)
+        self.embedding = _bare(nn.Embedding, vocabulary, units)
         self.lstm = _lstm(units, units, layers)
-        self.decoder = _linear(units, vocabulary, generator)
+        self.decoder = linear(units, vocabulary, generator)
         with torch.no_grad():
             self.embedding.weight.uniform_(-0.1, 0.1, generator=generator)  # Zaremba et al. 2014; torch's N(0, 1) starts far off
             _uniform(self.lstm, units**-0.5, generator)
@@ -208,7 +210,7 @@ class CharLSTM(nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
         self.lstm = _lstm(vocabulary, units, 1)
-        self.decoder = _linear(units, vocabulary, generator)
+        self.decoder = linear(units, vocabulary, generator)
         with torch.no_grad():
             _uniform(self.lstm, units**-0.5, generator)
             for gate in self.lstm.all_weights[0][1].split(units):
@@ -260,10 +262,10 @@ class TiedLSTM(nn.Module):
         output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.embedding: nn.Embedding = nn.utils.skip_init(nn.Embedding, vocabulary, embedding)
+        self.embedding = _bare(nn.Embedding, vocabulary, embedding)
         sizes = [embedding, *[units] * (layers - 1), embedding]
         self.lstms = nn.ModuleList(_lstm(before, after, 1) for before, after in itertools.pairwise(sizes))
-        self.decoder = _linear(embedding, vocabulary, generator)
+        self.decoder = linear(embedding, vocabulary, generator)
         self.decoder.weight = self.embedding.weight
         self.embedding_dropout, self.output_dropout = embedding_dropout, output_dropout
         self.dropout_generator: torch.Generator | None = None
@@ -285,9 +287,14 @@ class TiedLSTM(nn.Module):
         return logits
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+def _bare(kind: type[Layer], *sizes: int, **options: Any) -> Layer:
+    """A layer without initial weights, and without the draws of torch's global generator that would make them."""
+    return cast(Layer, nn.utils.skip_init(kind, *sizes, **options))
+
+
+def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """torch's own initial law, U(±1/√inputs), from an explicit generator."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = _bare(nn.Linear, inputs, outputs)
     with torch.no_grad():
         _uniform(layer, inputs**-0.5, generator)
     return layer
@@ -295,7 +302,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 
 def _conv(inputs: int, outputs: int, kernel: int, generator: torch.Generator | None) -> nn.Conv2d:
     """A convolution that keeps the size of the image, with torch's own initial law from an explicit generator."""
-    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, inputs, outputs, kernel, padding=kernel // 2)
+    layer = _bare(nn.Conv2d, inputs, outputs, kernel, padding=kernel // 2)
     with torch.no_grad():
         _uniform(layer, (inputs * kernel**2) ** -0.5, generator)
     return layer

@@ -15,17 +15,22 @@ from rich.table import Table
 
 from flipout.experiments.console import progress_bars
 from flipout.experiments.reproduce import ENTRIES, PRESETS, Entry, Option, run_experiment
+from flipout.experiments.usage import epilog
 
 __all__ = ["add_command", "reproduce"]
 
-reproduce = typer.Typer(help="The paper's figures and tables, run anew.", no_args_is_help=True)
+reproduce = typer.Typer(
+    help="The paper's figures and tables, run anew.",
+    epilog=epilog("flipout reproduce list", "flipout reproduce variance --preset smoke"),
+    no_args_is_help=True,
+)
 
 _PRESET = Option("preset", PRESETS, "smoke: seconds; laptop: minutes on two cores; paper: the paper's settings, for a GPU.")
 
 
-@reproduce.command("list")
+@reproduce.command("list", epilog=epilog("flipout reproduce list"))
 def _list() -> None:
-    """What can be run."""
+    """List what can be run: names, what is seen, where in the paper, presets and options."""
     table = Table(title="flipout reproduce NAME", title_justify="left")
     for column in ("name", "what is seen", "of the paper", "presets", "options"):
         table.add_column(column, overflow="fold")
@@ -44,7 +49,9 @@ def add_command(app: typer.Typer, entry: Entry) -> None:
     parameters = list(_parameters(entry))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(entry.name, help=f"{entry.paper}: {entry.title}.")(command)
+    own = "".join(f" --{option.name} {option.choices[-1]}" for option in entry.options[:1])
+    examples = epilog(f"flipout reproduce {entry.name}{own} --preset smoke", f"flipout reproduce {entry.name} --resume")
+    app.command(entry.name, help=f"{entry.paper[0].upper()}{entry.paper[1:]}: {entry.title}.", epilog=examples)(command)
 
 
 def _run(
@@ -78,16 +85,21 @@ def _run(
 
 def _parameters(entry: Entry) -> Iterator[inspect.Parameter]:
     for option in (*entry.options, _PRESET):
-        kind = enum.Enum(option.name, {choice: choice for choice in option.choices})  # type: ignore[misc]
+        kind: Any = enum.Enum(option.name, {choice: choice for choice in option.choices})  # type: ignore[misc]
         default = kind("laptop" if option is _PRESET else option.choices[0])
         yield _parameter(option.name, kind, default, option.help)
     for number in entry.numbers:
         yield _parameter(number.name, float, number.default, number.help)
-    yield _parameter("data_dir", Path | None, None, "Folder with the data sets in their official formats.")
+    yield _parameter(
+        "data_dir",
+        Path | None,
+        None,
+        "Folder with the data sets in their official formats; by default downloaded, or the embedded ones.",
+    )
     where = "-".join([entry.name, *(option.name.upper() for option in entry.options), "PRESET"])
     yield _parameter("out", Path | None, None, f"Folder of the run; by default runs/{where}.")
     yield _parameter("device", str, "cpu", "cpu, cuda, cuda:1, ...")
-    yield _parameter("seed", int, 0, "Of the data, the net and every draw.", min=0)
+    yield _parameter("seed", int, 0, "Seed of the data, the net and every draw.", min=0)
     yield _parameter("resume", bool, False, "Go on with the run in that folder.", flag="--resume")
     yield _parameter("tensorboard", bool, False, "Write TensorBoard's files too.", flag="--tensorboard")
 

@@ -17,6 +17,7 @@ from torch import nn
 from flipout.errors import ArgumentError
 from flipout.evolution import EvolutionStrategy
 from flipout.experiments.evolution_figures import draw_returns
+from flipout.experiments.networks import linear
 from flipout.experiments.run import Progress, Run
 from flipout.files import replace_file
 from flipout.gradients import stream
@@ -102,11 +103,7 @@ def make_policy(rollouts: Rollouts, hidden: tuple[int, ...], seed: int) -> nn.Mo
     sizes = (int(np.prod(rollouts.shape)), *hidden, outputs)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, units in itertools.pairwise(sizes):
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, units)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-        layers += [layer, nn.Tanh()]
+        layers += [linear(inputs, units, generator), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -176,7 +176,7 @@ class _SignedConvolution(torch.autograd.Function):
         return y.add_(z) if r is None else y.addcmul_(z, r)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, _ = ctx.needs_input_grad
         gx = gw = gd = gb = None

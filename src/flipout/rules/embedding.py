@@ -124,7 +124,7 @@ def getitem(weight: Any, index: Any) -> Any:
     """Basic indexing of a weight stays a carrier; one tensor of indices is a lookup; a carrier indexes nothing."""
     if not isinstance(weight, PerturbedWeight):
         raise missing_rule(torch.Tensor.__getitem__, index, (weight, index), "it stands where an index should")
-    items = index if isinstance(index, tuple) else (index,)
+    items: Any = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(item, (Tensor, list)) for item in items):
         return index_basic(weight, items)
     if len(items) > 1 or not isinstance(items[0], Tensor) or items[0].dtype == torch.bool:

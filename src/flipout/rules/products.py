@@ -117,14 +117,13 @@ class _SignedLinear(torch.autograd.Function):
         return _forward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
         out, width = mean.shape
         g = grad.reshape(-1, out)
         gx = gw = gd = gb = gc = None
-        if needs_x or needs_base or needs_bias_base:
-            rg = _times(r, grad).reshape(-1, out)
+        rg = _times(r, grad).reshape(-1, out) if needs_x or needs_base or needs_bias_base else g
         signs = _signs(s, x) if needs_x or needs_base else s
         if needs_x:
             gx = torch.mm(g, mean).view(x.shape)

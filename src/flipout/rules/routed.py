@@ -76,7 +76,7 @@ def grouped_mm(
     mat_a: Any, mat_b: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """torch's grouped product of routed rows ``[T, in]`` with a stack of matrices ``[G, in, out]``."""
-    operation = torch._grouped_mm
+    operation = _GROUPED_MM
     if not isinstance(mat_b, PerturbedWeight) or isinstance(bias, PerturbedWeight) or offs is None:
         carrier = next(operand for operand in (mat_b, mat_a, bias) if isinstance(operand, PerturbedWeight))
         raise missing_rule(operation, carrier, (mat_a, mat_b), "only the stack of matrices of routed rows may be perturbed")
@@ -87,5 +87,6 @@ def grouped_mm(
     return y if bias is None else y + bias
 
 
-if hasattr(torch, "_grouped_mm"):  # torch 2.8 and later
-    rule(torch._grouped_mm, Estimator)(grouped_mm)
+_GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)  # torch 2.8 and later
+if _GROUPED_MM is not None:
+    rule(_GROUPED_MM, Estimator)(grouped_mm)

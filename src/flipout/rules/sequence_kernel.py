@@ -278,7 +278,7 @@ def _backward(
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
         d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
-    elif dc is not None:
+    elif c0 is not None and dc is not None:
         d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, third, hidden), None
     else:
         d, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None

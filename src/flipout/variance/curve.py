@@ -82,12 +82,11 @@ class VarianceCurve:
         x = 1 / np.asarray(sizes, dtype=np.float64)
         design, y = np.stack([x, 1 - x], 1), np.asarray(values, dtype=np.float64)
         draws = np.asarray([each.draws for each in self._curve(estimator)], dtype=np.float64)
-        fitted = y
-        for _ in range(3):
-            weight = draws / np.square(fitted)
-            solver = np.linalg.solve(design.T @ (weight[:, None] * design), design.T * weight)
+        solver = _least_squares(design, draws / np.square(y))
+        for _ in range(2):
             a, b = solver @ y
             fitted = np.maximum(design @ [a, b], max(a, b) * x * 1e-3)
+            solver = _least_squares(design, draws / np.square(fitted))
         return combine(solver[1].tolist(), values, self.confidence)
 
     def ratio(self, numerator: str, denominator: str, batch_size: int, names: Iterable[str] | None = None) -> Estimate:
@@ -133,6 +132,11 @@ class VarianceCurve:
         if estimator not in self.points:
             raise ArgumentError(f"estimator {estimator!r} was not measured: there are {', '.join(self.points)}")
         return self.points[estimator]
+
+
+def _least_squares(design: Any, weight: Any) -> Any:
+    """The matrix that takes values to the coefficients of their weighted fit."""
+    return np.linalg.solve(design.T @ (weight[:, None] * design), design.T * weight)
 
 
 def variance_curve(
