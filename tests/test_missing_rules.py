@@ -62,6 +62,8 @@ def _value(kind: str, size: Any, w: Tensor) -> Any:
         return [w, w]
     if "IntArrayRef" in kind:
         return [1] * int(size or 2)
+    if "Dimname" in kind:  # older releases list the overload with named dimensions
+        return ["n"] if "List" in kind else "n"
     named = {"int64_t": 1, "SymInt": 1, "bool": True, "ScalarType": torch.float32, "double": 0.5, "Scalar": 0.5}
     return named.get(kind, "sum" if "string" in kind else 1.0)
 
@@ -151,6 +153,7 @@ WRONG_PLACES: dict[str, Callable[[Any], Any]] = {
     "embedding_bag by a weight": lambda w: F.embedding_bag(w, X),
     "embedding_bag weights": lambda w: F.embedding_bag(INDEX, X, per_sample_weights=w, mode="sum"),
     "index by a weight": lambda w: X[w],
+    "index by a weight and a number": lambda w: X[w, 0],
     "index_select by a weight": lambda w: X.index_select(0, w[0]),
     "boolean mask of a weight": lambda w: w[X > 0],
     "two index tensors": lambda w: w[INDEX[0], INDEX[0]],

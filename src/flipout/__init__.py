@@ -19,7 +19,7 @@ from flipout.perturb import Perturbed, perturbed
 from flipout.registry import rule
 from flipout.weight import PerturbedWeight
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",

@@ -62,8 +62,8 @@ class Placement:
         if not torch.compiler.is_compiling():  # the compiler knows plain lists only, and no packed batch
             weights = noted = FlatWeights(weights)
             self._hooks.append(owner.register_forward_pre_hook(lambda _, args, kwargs: noted.note(args, kwargs), with_kwargs=True))
-        owner.__dict__["_flat_weights"] = weights
-        owner.__dict__["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
+        owner._flat_weights = weights
+        owner._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
 
     def note(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         """For a call of ``part`` that had already begun when its weights were placed."""
@@ -75,8 +75,8 @@ class Placement:
         for hook in self._hooks:
             hook.remove()
         for layer, (weights, references) in self._flat.items():
-            layer.__dict__["_flat_weights"] = weights
-            layer.__dict__["_flat_weight_refs"] = references
+            layer._flat_weights = weights
+            layer._flat_weight_refs = references
         for (owner, attribute), mean in zip(self._slots, self._means, strict=True):
             owner._parameters[attribute] = mean
         self._flat, self._hooks = {}, []

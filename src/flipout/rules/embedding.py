@@ -19,7 +19,7 @@ from flipout.modes import transformed
 from flipout.registry import rule
 from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
-from flipout.weight import Layout, PerturbedWeight, Term, missing_rule, require_data
+from flipout.weight import Layout, PerturbedWeight, Term, carriers_in, missing_rule, require_data
 
 __all__ = ["lookup"]
 
@@ -123,7 +123,7 @@ def embedding(
 def getitem(weight: Any, index: Any) -> Any:
     """Basic indexing of a weight stays a carrier; one tensor of indices is a lookup; a carrier indexes nothing."""
     if not isinstance(weight, PerturbedWeight):
-        raise missing_rule(torch.Tensor.__getitem__, index, (weight, index), "it stands where an index should")
+        raise missing_rule(torch.Tensor.__getitem__, next(carriers_in(index)), (weight, index), "it stands where an index should")
     items: Any = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(item, (Tensor, list)) for item in items):
         return index_basic(weight, items)
