@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint release-check matrix clean
 
 demo: $(VENV)/.ready-experiments
 	$(BIN)/flipout demo
@@ -15,11 +15,20 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/pip install --quiet --no-deps bayesian-torch==0.5.0
 	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1
 	$(BIN)/python -m benchmarks
+
+# The wheel in a fresh environment, its dependencies resolved by pip.
+release-check: $(VENV)/.ready-dev
+	$(BIN)/python tools/release.py
+
+# The core tests under the oldest and the newest release of torch; gigabytes and many minutes.
+matrix: $(VENV)/.ready-dev
+	$(BIN)/python tools/matrix.py
 
 $(VENV)/.ready-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flipout needs Python 3.11 or newer")'
@@ -29,4 +38,4 @@ $(VENV)/.ready-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis
