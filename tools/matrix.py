@@ -1,7 +1,8 @@
 """Runs the core tests under the oldest and the newest release of torch that the project supports: ``make matrix``.
 
-Each release has an environment of its own, below ``.matrix/``, with torch, numpy, pytest and Hypothesis and nothing else: the core
-is what needs no more. torch's builds for CUDA, which pip takes by default on Linux, are several GB each.
+Each release has an environment of its own, below ``.matrix/``, with torch and numpy, with SciPy, pytest and Hypothesis for the
+tests, and nothing else: the core is what needs no more. torch's builds for CUDA, which pip takes by default on Linux, are
+several GB each.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def python_of(release: str) -> Path:
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", "pytest", "hypothesis"]
+        command = [str(python), "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", "scipy", "pytest", "hypothesis"]
         subprocess.run(command, check=True)
         (folder / "ready").touch()
     return python

@@ -28,6 +28,15 @@ class Draw:
     Attributes:
         members: N, the number of different weights (None per token).
         estimator: how the members share the draw.
+
+    Example:
+        >>> import flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(3, 2), flipout.Gaussian(0.1))
+        >>> with net.hold(members=4) as draw:
+        ...     y = net(torch.ones(4, 3))
+        ...     own = draw.module(1)
+        >>> torch.allclose(own(torch.ones(3)), y[1])
+        True
     """
 
     #: The hooks of a module that is perturbed in place.

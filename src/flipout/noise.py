@@ -45,6 +45,15 @@ class Noise(ABC):
     Attributes:
         relative: whether ΔW is a multiple of the mean weight.
         learnable: whether each entry's scale is a parameter, kept as ``log_std`` by :class:`flipout.Perturbed`.
+
+    Example:
+        >>> class Uniform(Noise):
+        ...     def unit(self, shape, *, generator, dtype, device):
+        ...         return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1, generator=generator)
+        ...     def unit_log_prob(self, unit):
+        ...         return torch.where(unit.abs() <= 1, -math.log(2.0), -math.inf)
+        >>> Uniform(0.1).log_prob(torch.tensor([0.05, 0.2]), torch.zeros(2)).exp()
+        tensor([5., 0.])
     """
 
     std: float | Tensor = 1.0
@@ -203,7 +212,12 @@ class Rademacher(Noise):
 
 @dataclass(frozen=True)
 class MultiplicativeGaussian(Gaussian):
-    """W = W̄ ∘ (1 + std·ε) with ε ~ N(0, 1): :class:`Gaussian` noise relative to the mean."""
+    """W = W̄ ∘ (1 + std·ε) with ε ~ N(0, 1): :class:`Gaussian` noise relative to the mean.
+
+    Example:
+        >>> MultiplicativeGaussian(0.5).scale(torch.tensor([1.0, -4.0]))
+        tensor([0.5000, 2.0000])
+    """
 
     relative: bool = True
 

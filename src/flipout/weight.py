@@ -51,6 +51,15 @@ class PerturbedWeight(torch.Tensor):
         terms: the summands of the perturbation.
         batch: which rows belong to which member.
         origin: the parameter's name, estimator and fallback.
+
+    Example:
+        >>> import flipout
+        >>> class Look(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         print(self.weight)
+        ...         return super().forward(x)
+        >>> y = flipout.Perturbed(Look(3, 2), flipout.Gaussian(0.1))(torch.ones(4, 3))
+        PerturbedWeight('weight', shape=(2, 3), members=4, estimator=Flipout(granularity='example', per_step=False))
     """
 
     mean_weight: Tensor

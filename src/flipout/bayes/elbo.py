@@ -25,6 +25,11 @@ class Elbo:
         nll: mean negative log-likelihood of the examples.
         kl: the KL divided by the size of the data set.
         temperature: of the KL; 1 makes ``loss`` the negative ELBO.
+
+    Example:
+        >>> found = elbo_loss(torch.tensor(2.0), torch.tensor(50.0), dataset_size=100)
+        >>> found.loss, found.nll, found.kl
+        (tensor(2.5000), tensor(2.), tensor(0.5000))
     """
 
     loss: Tensor

@@ -32,6 +32,13 @@ class Classification:
         mutual_information: ``[N]``, between the label and the weights: the part that knowing the weights would take away. It is
             large where members contradict one another (far from the data) and small where all of them hesitate.
         samples: ``[samples, N, classes]``, each member's own probabilities, or None.
+
+    Example:
+        >>> import flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(3, 2), flipout.Gaussian(0.5))
+        >>> found = flipout.bayes.predict(net, torch.ones(4, 3), samples=8)
+        >>> found.mean.shape, bool((found.mutual_information <= found.entropy).all())
+        (torch.Size([4, 2]), True)
     """
 
     mean: Tensor
@@ -67,6 +74,11 @@ class Regression:
         mean: ``[N, ...]``.
         variance: ``[N, ...]``, between members (unbiased), and that of the observations if it was given.
         samples: ``[samples, N, ...]``, each member's own outputs, or None.
+
+    Example:
+        >>> found = Regression.of(torch.tensor([[[1.0]], [[3.0]]]), noise_variance=2.0)
+        >>> found.mean, found.std
+        (tensor([[2.]]), tensor([[2.]]))
     """
 
     mean: Tensor
@@ -75,6 +87,7 @@ class Regression:
 
     @property
     def std(self) -> Tensor:
+        """The square root of the variance, ``[N, ...]``."""
         return self.variance.sqrt()
 
     @classmethod

@@ -20,6 +20,12 @@ class Examples:
     Attributes:
         inputs: ``[n, ...]``; images are float32 in [0, 1], ``[n, channels, height, width]``.
         labels: ``[n]``, int64.
+
+    Example:
+        >>> digits = Examples(torch.rand(10, 1, 28, 28), torch.arange(10))
+        >>> inputs, labels = digits.sample(4, torch.Generator().manual_seed(0))
+        >>> inputs.shape, len(digits.batches(3, torch.Generator().manual_seed(0)))
+        (torch.Size([4, 1, 28, 28]), 3)
     """
 
     inputs: Tensor
@@ -51,6 +57,11 @@ class Dataset:
         name: for example ``"mnist"``.
         source: which files were read, for the record of an experiment.
         train, test: the examples.
+
+    Example:
+        >>> digits = Examples(torch.rand(10, 1, 28, 28), torch.arange(10))
+        >>> len(Dataset("digits", "made up", digits, digits).train)
+        10
     """
 
     name: str
@@ -73,6 +84,12 @@ class Text:
         level: ``"word"`` or ``"char"``.
         vocabulary: the token of each id, in the order of their first appearance in the training split.
         splits: ``"train"``, ``"valid"`` and ``"test"``, each ``[n]``, int64.
+
+    Example:
+        >>> splits = {"train": torch.tensor([0, 1, 1, 0]), "valid": torch.tensor([1]), "test": torch.tensor([0])}
+        >>> text = Text("abba", "made up", "char", ("a", "b"), splits)
+        >>> "".join(text.vocabulary[i] for i in text.train)
+        'abba'
     """
 
     name: str
@@ -83,14 +100,17 @@ class Text:
 
     @property
     def train(self) -> Tensor:
+        """The tokens to train on, ``[n]``."""
         return self.splits["train"]
 
     @property
     def valid(self) -> Tensor:
+        """The tokens to choose by, ``[n]``."""
         return self.splits["valid"]
 
     @property
     def test(self) -> Tensor:
+        """The tokens to judge by, ``[n]``."""
         return self.splits["test"]
 
     def to(self, device: torch.device | str) -> Text:

@@ -31,6 +31,16 @@ class Generation:
 
     Raises:
         ArgumentError: if prompts are no matrix of token ids.
+
+    Example:
+        >>> import flipout
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=9, n_positions=12, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+        >>> def reward(prompts, written):  # large numbers are good
+        ...     return written.float().mean(1)
+        >>> es = flipout.evolution.EvolutionStrategy(GPT2LMHeadModel(config).eval(), std=0.3, population=8)
+        >>> es.step(Generation(reward, torch.tensor([[1, 2], [4, 5]]), max_new_tokens=4)).shape
+        torch.Size([8])
     """
 
     def __init__(self, reward: Reward, prompts: Tensor | Callable[[int], Tensor], max_new_tokens: int, **options: Any) -> None:

@@ -31,6 +31,13 @@ class Members(Draw):
         count: how many there are.
         seeds: int64 ``[count]`` on the CPU, below 2³¹; equal for the two members of an antithetic pair, so that what an evaluation
             draws from them (an episode's start, a unit's noise) does not tell one from the other.
+
+    Example:
+        >>> import flipout
+        >>> es = flipout.evolution.EvolutionStrategy(torch.nn.Linear(3, 1), population=8)
+        >>> with es.ask() as members:
+        ...     members.start, members.count, members.expand(torch.ones(3)).shape
+        (0, 8, torch.Size([8, 3]))
     """
 
     def __init__(self, net: Perturbed, directions: Directions, samples: Sequence[Sample]) -> None:
@@ -43,6 +50,7 @@ class Members(Draw):
 
     @property
     def seeds(self) -> Tensor:
+        """A number for each member, int64 ``[count]``; one for both members of an antithetic pair."""
         d = self._directions
         words = d.counters.words(Place(d.generation, _SEEDS, 0), d.start, d.stop, 1)
         seeds = torch.from_numpy((words[:, 0] >> 33).astype("int64"))

@@ -94,6 +94,12 @@ class Zoneout:
 
     Raises:
         ArgumentError: for a number outside [0, 1).
+
+    Example:
+        >>> from flipout.regularize import Method, Regularized
+        >>> net = Regularized(torch.nn.LSTM(3, 4), Method(zoneout=Zoneout(cell=0.5, hidden=0.05)))
+        >>> net(torch.ones(6, 2, 3))[0].shape
+        torch.Size([6, 2, 4])
     """
 
     cell: float = 0.0

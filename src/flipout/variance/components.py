@@ -47,6 +47,11 @@ class VarianceComponents:
         draws: base perturbations, under each of the two estimators.
         confidence: of the intervals.
         parts: names in ``blocks`` that the sum over all weights leaves out.
+
+    Example:
+        >>> found = VarianceComponents({"w": ((100.0, 4.0, 0.1), (102.0, 5.0, 0.1))}, {"w": 3}, batch_size=64, draws=40)
+        >>> found.alpha.value, found.beta.value
+        (101.0, 4.5)
     """
 
     blocks: dict[str, tuple[tuple[float, float, float], ...]]

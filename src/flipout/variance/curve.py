@@ -38,6 +38,17 @@ class VarianceCurve:
     Attributes:
         points: for each estimator, what was found at each batch size.
         confidence: of the intervals.
+
+    Example:
+        >>> import torch, flipout
+        >>> net = flipout.Perturbed(torch.nn.Linear(3, 1), flipout.MultiplicativeGaussian(1.0))
+        >>> def sample_batch(n, generator):
+        ...     return torch.randn(n, 3, generator=generator)
+        >>> def loss_fn(net, x):
+        ...     return net(x).square().mean()
+        >>> curve = flipout.variance.variance_curve(net, loss_fn, sample_batch, batch_sizes=(1, 8), draws=20)
+        >>> curve.batch_sizes("flipout"), VarianceCurve.from_dict(curve.as_dict()) == curve
+        ((1, 8), True)
     """
 
     points: dict[str, tuple[EstimatorVariance, ...]]

@@ -24,6 +24,13 @@ class BatchSuggestion:
             seen.
         efficiency: as asked for.
         components: what the sizes were computed from.
+
+    Example:
+        >>> blocks = {"w": ((100.0, 4.0, 0.1), (102.0, 5.0, 0.1))}
+        >>> components = VarianceComponents(blocks, {"w": 3}, batch_size=64, draws=40)
+        >>> found = suggest_batch_size(components=components)
+        >>> found.flipout > found.shared
+        True
     """
 
     shared: Estimate
