@@ -164,7 +164,7 @@ class _Load:
     """What other processes (and the hypervisor) use of the machine, from now on."""
 
     def __init__(self) -> None:
-        self._start, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
+        self._start, self._own, self._busy = time.perf_counter(), _own_seconds(), _busy_seconds()
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
@@ -174,8 +174,13 @@ class _Load:
         busy = _busy_seconds()
         if busy is None or self._busy is None:
             return None
-        foreign = busy - self._busy - (time.process_time() - self._own)
+        foreign = busy - self._busy - (_own_seconds() - self._own)
         return max(foreign, 0.0) / (self.seconds() * (os.cpu_count() or 1))
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process, and of those that it started and waited for."""
+    return sum(os.times()[:4])
 
 
 def _busy_seconds() -> float | None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -75,6 +76,14 @@ def bare(built, tmp_path_factory):
 
 def test_the_first_example_runs_where_the_wheel_is_installed_and_the_command_line_names_its_extra(bare):
     release.meet(bare)
+
+
+def test_importing_the_library_loads_torch_numpy_and_itself():
+    """Nothing that makes `import flipout` slower than `import torch`: how much slower it is, benchmarks/imports.py measures."""
+    code = "import sys, torch; before = set(sys.modules); import flipout; print(*sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    others = {name for name in found.stdout.split() if name.partition(".")[0] not in {"flipout", "numpy", *sys.stdlib_module_names}}
+    assert not others
 
 
 def test_what_is_installed_is_typed(bare):

@@ -1,7 +1,7 @@
 """Runs the core tests under the oldest and the newest release of torch that the project supports: ``make matrix``.
 
-Each release has an environment of its own, below ``.matrix/``, with torch and numpy, with SciPy, pytest and Hypothesis for the
-tests, and nothing else: the core is what needs no more. torch's builds for CUDA, which pip takes by default on Linux, are
+Each release has an environment of its own, below ``.matrix/``, with torch and numpy, with what the tests themselves import, and
+nothing else: the core is what needs no more. torch's builds for CUDA, which pip takes by default on Linux, are
 several GB each.
 """
 
@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The oldest that ``pyproject.toml`` allows, and the newest that was tried.
 RELEASES = ("2.6.0", "2.13.0")
 
+#: What the core tests import besides.
+TOOLS = ("hypothesis", "pandas", "pytest", "scipy")
+
 #: Tests of the library itself, in the order of its rooms.
 CORE = (
     "noise", "estimators", "signs", "weight", "draw", "select", "perturb", "registry", "shapes", "statistics", "transforms",
@@ -35,7 +38,7 @@ def python_of(release: str) -> Path:
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", "scipy", "pytest", "hypothesis"]
+        command = [str(python), "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", *TOOLS]
         subprocess.run(command, check=True)
         (folder / "ready").touch()
     return python
