@@ -11,8 +11,8 @@ from benchmarks.report import Section
 
 BOUND = 1.15
 
-TEXT = """A fresh interpreter that imports and exits, from its start to its end; one after the other in each round. `flipout` imports torch
-and numpy, and of its own what a forward pass needs and the names of its uses."""
+TEXT = """A fresh interpreter that imports and exits, from its start to its end; one after the other in each round. `flipout`
+imports torch and numpy, and of its own what a forward pass needs and the names of its uses."""
 
 
 def fresh(statement: str) -> None:

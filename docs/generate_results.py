@@ -17,7 +17,7 @@ from flipout.experiments.components import limit
 from flipout.experiments.console import interval
 from flipout.experiments.language.figures import draw_histories
 from flipout.experiments.language.settings import METHODS, PAPER
-from flipout.experiments.language.tables import estimates, gains, precise
+from flipout.experiments.language.tables import estimates, gains
 from flipout.experiments.variance import from_json
 from flipout.files import read_json
 from flipout.variance import VarianceCurve
@@ -222,10 +222,11 @@ def regularization(folders: list[Path]) -> tuple[str, str]:
         published = [f"{value:g}" for value in PAPER[level].get(name, ())] or ["", ""]
         sampled = "" if row["sampled"][0] is None else f"{sum(row['sampled']) / len(row['sampled']):.4g}"
         watched = f"{sum(min(each) for each in row['watched']) / len(row['watched']):.4g}"
-        lines.append([name, *published, precise(valid[name]), precise(test[name]), f"{best[name].value:.0f}", watched, sampled])
+        seen = [interval(found[name], digits=4) for found in (valid, test)]
+        lines.append([name, *published, *seen, f"{best[name].value:.0f}", watched, sampled])
     header = ["method", "paper, valid", "paper, test", "valid", "test", "best epoch", "watched", "watched, samples"]
     parts = [grid(header, lines)]
-    parts += [f"{better} is lower than {worse} by {precise(gain)}." for (worse, better), gain in gains(merged).items()]
+    parts += [f"{better} is lower than {worse} by {interval(gain, digits=4)}." for (worse, better), gain in gains(merged).items()]
     for name, found in ((name, found) for result in results for name, found in result["variance"].items()):
         shared, flipped, over = (interval(from_json(found[key])) for key in ("shared", "flipout", "shared / flipout"))
         parts.append(

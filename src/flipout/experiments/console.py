@@ -48,13 +48,13 @@ def spread(estimate: Estimate) -> str:
     return f"{estimate.value:.3g} ±{100 * (estimate.high / estimate.value - 1):.0f} %"
 
 
-def interval(estimate: Estimate) -> str:
+def interval(estimate: Estimate, digits: int = 3) -> str:
     """A value and its interval.
 
     Example:
-        >>> interval(Estimate(2.0, 1.5, 3.0, 0.4, 9))
-        '2 [1.5, 3]'
+        >>> interval(Estimate(2.0, 1.5, 3.0, 0.4, 9)), interval(Estimate(1.2567, 1.25, 1.2634, 0.002, 2), digits=4)
+        ('2 [1.5, 3]', '1.257 [1.25, 1.263]')
     """
     if estimate.high == float("inf"):
-        return f"{estimate.value:.3g}"
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+        return f"{estimate.value:.{digits}g}"
+    return f"{estimate.value:.{digits}g} [{estimate.low:.{digits}g}, {estimate.high:.{digits}g}]"

@@ -14,7 +14,7 @@ from flipout.experiments.language.settings import PAPER
 from flipout.experiments.variance import from_json
 from flipout.moments import Estimate, combine, estimate_mean
 
-__all__ = ["claims", "estimates", "gains", "precise", "show"]
+__all__ = ["claims", "estimates", "gains", "show"]
 
 
 def estimates(result: Mapping[str, Any], split: str) -> dict[str, Estimate]:
@@ -43,10 +43,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     valid, test, epochs = (estimates(result, split) for split in ("valid", "test", "best_epoch"))
     for name in result["rows"]:
         published = [f"{value:g}" for value in paper.get(name, ())] or ["", ""]
-        table.add_row(name, *published, precise(valid[name]), precise(test[name]), f"{epochs[name].value:.0f}")
+        table.add_row(name, *published, *(interval(found[name], digits=4) for found in (valid, test)), f"{epochs[name].value:.0f}")
     console.print(table)
     for (worse, better), gain in gains(result).items():
-        console.print(f"{better} is lower than {worse} by {precise(gain)}", highlight=False)
+        console.print(f"{better} is lower than {worse} by {interval(gain, digits=4)}", highlight=False)
     for name, row in result["rows"].items():
         if row["sampled"][0] is not None:
             best = [min(watched) for watched in row["watched"]]
@@ -55,18 +55,6 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, found in result["variance"].items():
         numbers = ", ".join(f"{each} {interval(from_json(found[each]))}" for each in ("shared", "flipout", "shared / flipout"))
         console.print(f"variance of the gradient at {name}'s weights, N = {found['batch_size']}: {numbers}", highlight=False)
-
-
-def precise(estimate: Estimate) -> str:
-    """A number with four digits and its interval.
-
-    Example:
-        >>> precise(Estimate(1.2567, 1.25, 1.2634, 0.002, 2))
-        '1.257 [1.25, 1.263]'
-    """
-    if estimate.high == float("inf"):
-        return f"{estimate.value:.4g}"
-    return f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
 
 
 def _mean(values: list[float]) -> float:
