@@ -86,6 +86,16 @@ def test_importing_the_library_loads_torch_numpy_and_itself():
     assert not others
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "package", "extra"), [("RayWorkers", "ray", "ray", "ray"), ("Rollouts", "rollouts", "gymnasium", "rl")]
+)
+def test_what_needs_an_extra_names_it(name, module, package, extra, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"flipout.evolution.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # what the import system takes for a package that is not there
+    with pytest.raises(ModuleNotFoundError, match=rf"flipout\.evolution\.{name} needs {package}.*'flipout\[{extra}\]'"):
+        getattr(flipout.evolution, name)
+
+
 def test_what_is_installed_is_typed(bare):
     site = next(bare.parent.parent.glob("lib/python*/site-packages"))
     assert (site / "flipout" / "py.typed").exists()

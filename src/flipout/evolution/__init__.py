@@ -31,11 +31,21 @@ __all__ = [
     "save_checkpoint",
 ]
 
-#: What needs a package that the library does not: imported when it is asked for.
-_OPTIONAL = {"Rollouts": "flipout.evolution.rollouts", "RayWorkers": "flipout.evolution.ray"}
+#: What needs a package that the library does not: where it is, the package, and the extra. Imported when it is asked for.
+_OPTIONAL = {
+    "Rollouts": ("flipout.evolution.rollouts", "gymnasium", "rl"),
+    "RayWorkers": ("flipout.evolution.ray", "ray", "ray"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OPTIONAL:
-        return getattr(importlib.import_module(_OPTIONAL[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _OPTIONAL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, package, extra = _OPTIONAL[name]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        needed = f"{__name__}.{name} needs {package}, which is not installed: pip install 'flipout[{extra}]'"
+        raise ModuleNotFoundError(needed, name=error.name) from error
