@@ -40,15 +40,10 @@ class VarianceCurve:
         confidence: of the intervals.
 
     Example:
-        >>> import torch, flipout
-        >>> net = flipout.Perturbed(torch.nn.Linear(3, 1), flipout.MultiplicativeGaussian(1.0))
-        >>> def sample_batch(n, generator):
-        ...     return torch.randn(n, 3, generator=generator)
-        >>> def loss_fn(net, x):
-        ...     return net(x).square().mean()
-        >>> curve = flipout.variance.variance_curve(net, loss_fn, sample_batch, batch_sizes=(1, 8), draws=20)
-        >>> curve.batch_sizes("flipout"), VarianceCurve.from_dict(curve.as_dict()) == curve
-        ((1, 8), True)
+        >>> one = EstimatorVariance("flipout", 1, draws=40, blocks={"weight": (8.0, 8.4)}, sizes={"weight": 3})
+        >>> eight = EstimatorVariance("flipout", 8, draws=40, blocks={"weight": (1.0, 1.05)}, sizes={"weight": 3})
+        >>> round(VarianceCurve({"flipout": (one, eight)}).slope("flipout").value, 2)
+        -1.0
     """
 
     points: dict[str, tuple[EstimatorVariance, ...]]
