@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
@@ -114,5 +113,5 @@ def test_bash_itself_completes(tmp_path):
         "HOME": str(tmp_path),
     }  # fmt: skip
     command = ["bash", "--noprofile", "--norc", "-c", script]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=Path("/"))
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "large-batch"
