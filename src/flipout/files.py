@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flipout.errors import ArgumentError, SaveError
@@ -126,8 +127,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if callable(item := getattr(value, "item", None)):  # a number of numpy's
-        return plain(item())
+    if isinstance(value, np.number | np.bool_ | np.ndarray):
+        return plain(value.tolist())
     raise ArgumentError(f"{value!r} is a {type(value).__name__}, not for JSON: pass numbers, texts, lists and dicts")
 
 

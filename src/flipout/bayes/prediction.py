@@ -87,7 +87,7 @@ class Regression:
 
     @property
     def std(self) -> Tensor:
-        """The square root of the variance, ``[N, ...]``."""
+        """The standard deviation, of the variance's shape."""
         return self.variance.sqrt()
 
     @classmethod

@@ -100,17 +100,17 @@ class Text:
 
     @property
     def train(self) -> Tensor:
-        """The tokens to train on, ``[n]``."""
+        """The tokens to learn from, int64 ``[length]``."""
         return self.splits["train"]
 
     @property
     def valid(self) -> Tensor:
-        """The tokens to choose by, ``[n]``."""
+        """The tokens to choose settings by, int64 ``[length]``."""
         return self.splits["valid"]
 
     @property
     def test(self) -> Tensor:
-        """The tokens to judge by, ``[n]``."""
+        """The tokens to report on, int64 ``[length]``."""
         return self.splits["test"]
 
     def to(self, device: torch.device | str) -> Text:
