@@ -10,6 +10,7 @@ __all__ = [
     "MemberError",
     "MissingRuleError",
     "NotFiniteError",
+    "OutOfMemoryError",
     "SaveError",
     "UnsupportedNoiseError",
 ]
@@ -53,6 +54,10 @@ class EvaluationError(FlipoutError, RuntimeError):
 
 class DownloadError(FlipoutError, OSError):
     """A file cannot be had from the network."""
+
+
+class OutOfMemoryError(FlipoutError, MemoryError):
+    """Memory does not suffice for a step. What was saved before it is kept."""
 
 
 class SaveError(FlipoutError, OSError):
