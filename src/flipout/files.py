@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flipout.errors import ArgumentError, SaveError
@@ -80,7 +81,7 @@ def write_json(path: Path, value: Any) -> None:
         SaveError: if it cannot be written.
     """
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    replace_file(path, (text + "\n").encode())
+    replace_file(path, (text + "\n").encode(errors="backslashreplace"))  # half a character, from a path say, as JSON escapes it
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "item"):  # a number of numpy's
-        return plain(value.item())
+    if isinstance(value, np.number | np.bool_ | np.ndarray):
+        return plain(value.tolist())
     raise ArgumentError(f"{value!r} is a {type(value).__name__}, not for JSON: pass numbers, texts, lists and dicts")
 
 

@@ -17,14 +17,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import coin
 import gymnasium  # noqa: F401  (before the forks, which would each import it)
 import torch
+import torch._dynamo  # optimisers import it at their first step
 from matplotlib import figure  # noqa: F401
 from torch import nn
 
 from flipout import files
-from flipout.evolution import EvolutionStrategy, load_checkpoint, save_checkpoint
-from flipout.experiments import lm, metrics, reproduce, train_es
-from flipout.experiments import figures, regularization  # noqa: F401
-from flipout.evolution import rollouts  # noqa: F401
+from flipout.evolution import (
+    EvolutionStrategy,
+    load_checkpoint,
+    rollouts,  # noqa: F401
+    save_checkpoint,
+)
+from flipout.experiments import figures, lm, metrics, regularization, reproduce, train_es  # noqa: F401
 from flipout.experiments.run import Run, silent
 
 
@@ -147,11 +151,13 @@ if __name__ == "__main__":
     root, text = map(Path, sys.argv[1:])
     took: dict[str, dict[str, int]] = {}
     for work, cases in DEATHS.items():
-        import resource; t0=resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        import resource
+
+        t0 = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         (root / work.__name__).mkdir()
         assert in_child(lambda work=work: work(root / work.__name__ / "whole", text)) == 0
         took[work.__name__] = {
             case: killed_and_resumed(work, root / work.__name__ / case.replace(" ", "-"), text, case) for case in cases
         }
-        print(work.__name__, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime-t0, file=sys.stderr)
+        print(work.__name__, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - t0, file=sys.stderr)
     print(json.dumps(took))

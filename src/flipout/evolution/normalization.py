@@ -80,7 +80,7 @@ class ObservationNormalizer:
         """
         if collected.shape != self._new.shape:
             was, now = tuple(collected.shape[1:]), tuple(self._new.shape[1:])
-            raise ArgumentError(f"what was collected is of observations of shape {was}, not {now}")
+            raise ArgumentError(f"what was collected is of observations of shape {was}; expected {now}, those of one environment")
         self._new = self._new + collected
 
     def update(self) -> None:

@@ -39,6 +39,6 @@ def shortage_told(folder: Path) -> Iterator[None]:
             raise
         reason = re.sub(r"^\[enforce fail[^]]*\][^.]*\. ", "", told).splitlines() or [type(error).__name__]
         raise OutOfMemoryError(
-            f"memory does not suffice ({reason[0]}); what {folder} has up to its last checkpoint is kept. Go on with it by --resume "
-            "where there is more memory, or begin in another folder with a smaller preset, batch, net or population"
+            f"memory does not suffice ({reason[0]}); what {folder} has up to its last checkpoint is kept. Go on with it by "
+            "--resume where there is more memory, or begin in another folder with a smaller preset, batch, net or population"
         ) from error

@@ -61,7 +61,7 @@ class MetricsFile:
         Raises:
             SaveError: if it cannot be written; what was written of it is cut off.
         """
-        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         try:
             write_all(self._descriptor, line)
         except OSError as error:
