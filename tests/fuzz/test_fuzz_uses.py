@@ -42,7 +42,7 @@ def test_the_kl_is_the_sum_over_weights(width, std, prior, bias, samples):
         law = prior["weight"] if isinstance(prior, dict) else prior
         means = torch.cat([p.detach().flatten() for p in net.module.parameters()])
         expected = torch.distributions.kl_divergence(Normal(means, torch.full_like(means, std)), law).sum()
-        assert float(found) == pytest.approx(float(expected), rel=1e-6)
+        assert float(found.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
 @settings(max_examples=40)
