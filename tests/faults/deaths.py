@@ -151,13 +151,9 @@ if __name__ == "__main__":
     root, text = map(Path, sys.argv[1:])
     took: dict[str, dict[str, int]] = {}
     for work, cases in DEATHS.items():
-        import resource
-
-        t0 = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         (root / work.__name__).mkdir()
         assert in_child(lambda work=work: work(root / work.__name__ / "whole", text)) == 0
         took[work.__name__] = {
             case: killed_and_resumed(work, root / work.__name__ / case.replace(" ", "-"), text, case) for case in cases
         }
-        print(work.__name__, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - t0, file=sys.stderr)
     print(json.dumps(took))

@@ -15,19 +15,26 @@ from runs import Settings, assert_nothing_lost, resumed
 from flipout.experiments.run import Run
 from flipout.states import read_state
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+fcntl = pytest.importorskip("fcntl", reason="kills forked processes")
 
 CASES = [(work.__name__, case) for work, cases in DEATHS.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deaths")
-    text = folder / "own.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 12, encoding="utf-8")
-    found = subprocess.run([sys.executable, deaths.__file__, folder, text], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return folder, json.loads(found.stdout)
+    """All deaths, once for all processes in which pytest-xdist may run these tests."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.mktemp("deaths") if session is None else tmp_path_factory.getbasetemp().parent / f"deaths-{session}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if not (folder / "took.json").exists():
+            text = folder / "own.txt"
+            text.write_text("The quick brown fox jumps over the lazy dog.\n" * 12, encoding="utf-8")
+            found = subprocess.run([sys.executable, deaths.__file__, folder, text], capture_output=True, text=True, check=False)
+            assert found.returncode == 0, found.stderr
+            (folder / "took.json").write_text(found.stdout)
+    return folder, json.loads((folder / "took.json").read_text())
 
 
 def place(killed, work, case) -> Path:
