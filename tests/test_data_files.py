@@ -139,7 +139,6 @@ def test_an_archive_is_unpacked_once_and_whole(cifar, tmp_path):
     files = {"cifar-10-binary.tar.gz": packed.getvalue()}
     with serve({f"/{name}": content for name, content in files.items()}) as server:
         remote = remote_of("cifar-10-batches-bin", files, server.url)
-        assert [path.name for path in (tmp_path / "cifar-10-batches-bin").iterdir()] == ["cifar-10-binary.tar.gz"]
         found = [data.cifar10(cache=tmp_path, remote=remote) for _ in range(2)]
     assert len(server.requests) == 1
     assert torch.equal(found[0].train.inputs, found[1].train.inputs)

@@ -11,7 +11,7 @@ from flipout.errors import FlipoutError
 #: A word of what to do, or of what was expected.
 ADVICE = re.compile(
     r"\b(add|allow|ask|call|check|choose|divide|draw|drop|each member once|exclude|expected|finite and not negative|from 0|give|"
-    r"hold|include|is positive|leave|look|lower|make|members 0|must be|nearest|needs?|pass|positive integer|run|takes?|"
+    r"hold|include|is positive|leave|look|lower|makes?|members 0|must be|nearest|needs?|pass|positive integer|run|takes?|"
     r"the draw has|use|wrap|write)\b|0 < p < 1"
 )
 

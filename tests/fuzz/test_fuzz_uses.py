@@ -127,6 +127,12 @@ def test_the_update_is_the_sum_over_members(data, shaping, antithetic, per_base,
         assert torch.equal(parameter.detach(), means[name])
 
 
+def test_fitness_in_a_list_keeps_all_its_digits():
+    es = EvolutionStrategy(nn.Linear(2, 1), 0.1, 4)
+    fitness = [1.0, 1.0 + 1e-9, 1e39, 2e39]
+    assert es.step(lambda module, members: fitness).tolist() == fitness
+
+
 @settings(max_examples=60)
 @given(
     st.one_of(
@@ -147,7 +153,7 @@ def test_what_is_no_fitness_leaves_everything_as_it_was(fitness, on_nan):
     assert (module.weight.grad is None) is (found is None)
     if found is not None:
         assert bool(module.weight.grad.isfinite().all())
-        finite = torch.as_tensor(fitness).double().isfinite()
+        finite = torch.as_tensor(fitness, dtype=torch.float64).isfinite()
         assert bool(finite.any())
         assert on_nan == "worst" or bool(finite.all())
 

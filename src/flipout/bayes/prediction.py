@@ -118,7 +118,8 @@ def _require_variance(value: Any, like: Tensor) -> None:
         fits = False
     if not fits:
         raise ArgumentError(
-            f"noise_variance has the shape {tuple(found.shape)}, which does not broadcast to the outputs' {tuple(like.shape)}"
+            f"noise_variance has the shape {tuple(found.shape)}, which does not broadcast to the outputs' {tuple(like.shape)}; "
+            "give one number, or one for each output"
         )
 
 

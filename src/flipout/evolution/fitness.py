@@ -20,7 +20,9 @@ def require_fitness(fitness: object, count: int, what: str) -> Tensor:
         ArgumentError: if it holds no numbers, or not ``count`` of them.
     """
     try:
-        found = torch.as_tensor(fitness).detach()
+        # Python's numbers have 53 bits, and torch would keep 24 of them
+        exact = torch.float64 if isinstance(fitness, list | tuple) else None
+        found = torch.as_tensor(fitness, dtype=exact).detach()
         if found.is_complex():
             raise TypeError("complex numbers have no order")
         found = found.to(torch.float64)
