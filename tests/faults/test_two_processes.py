@@ -13,6 +13,7 @@ from runs import assert_nothing_lost, contents, resumed, toss, unfinished
 
 import flipout
 from flipout import files
+from flipout.errors import SaveError
 from flipout.experiments.lock import FolderLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and stops processes")
@@ -64,6 +65,13 @@ def test_a_lock_is_told_with_the_number_of_its_holder(tmp_path):
         lock.close()
     with resumed(folder):
         pass
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "run" / FolderLock.NAME).mkdir(parents=True)
+    with pytest.raises(SaveError, match=r"lock could not be written"):
+        toss(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [FolderLock.NAME]
 
 
 def test_of_many_that_begin_at_once_one_runs_and_files_are_never_mixed(undisturbed, tmp_path):
