@@ -1,6 +1,7 @@
 """``reproduce evolution`` and ``train-es`` at their smallest: they run, and a killed run goes on to the same result."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flipout.experiments import evolution, evolution_timing, train_es
 from flipout.experiments.evolution_training import Problem, make_net
 from flipout.experiments.reproduce import find_entry, run_experiment
 from flipout.experiments.run import Run, silent
+from flipout.report.console import HtmlConsole
 
 
 class Killed(BaseException):
@@ -24,6 +26,17 @@ def killer(phase, step):
             raise Killed
 
     return progress
+
+
+def shown(result):
+    """What is printed of a result, cell after cell."""
+    console = HtmlConsole()
+    evolution.EXPERIMENT.show(result, console)
+    return " ".join(re.sub("<[^>]*>", " ", " ".join(console.parts)).split())
+
+
+def unpriced(rows):
+    return [{name: value for name, value in row.items() if name != "cost_factor"} for row in rows]
 
 
 def without_seconds(result):
@@ -42,6 +55,11 @@ def test_flipes_keeps_up_with_ideales_however_often_it_is_killed(tmp_path):
     assert list(whole["curves"]) == ["ideales-40", "flipes-40"]
     assert whole["difference"]["low"] < whole["difference"]["value"] < whole["difference"]["high"]
     assert (tmp_path / "whole/figures/figure-2b.svg").exists()
+    told = shown(whole)
+    for name, final in whole["final"].items():
+        assert f"{name} {final['loss']['value']:.3g}" in told
+        assert f"{100 * final['test_accuracy']:.1f} %" in told
+    assert f"paired by seed: {whole['difference']['value']:.3g} [" in told
     (claim,) = evolution.EXPERIMENT.claims(whole)
     assert claim.holds in (True, False)
 
@@ -63,6 +81,11 @@ def test_seconds_per_update_and_their_price(tmp_path, monkeypatch):
         assert row["cpues_40_cores"] == pytest.approx(200 * 0.5 / 40)
         assert row["cost_factor"] == pytest.approx(row["cpues_40_cores"] * 3 / (row["flipes"] * 2))
     assert (tmp_path / "run/figures/figure-5.png").exists()
+    told = shown(result)
+    assert "cost factor" in told
+    for row in result["rows"]:
+        assert f"{row['net']} {row['width']:g} {row['flipes']:.3g} {row['cpues']:.3g} {row['cpues_40_cores']:.3g}" in told
+    assert "--price-gpu and --price-cpu" in shown({**result, "rows": unpriced(result["rows"])})
     assert all(claim.holds is None for claim in evolution.EXPERIMENT.claims(result))
 
 

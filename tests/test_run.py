@@ -1,10 +1,7 @@
-"""Run folders: what is in them, how a run that was killed goes on, and what is refused."""
+"""Run folders: what is in them, how a run goes on, and what is refused. Faults are in ``faults/``."""
 
-import errno
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +11,8 @@ import pytest
 import torch
 
 import flipout
-from flipout import files
 from flipout.errors import SaveError
 from flipout.experiments import reproduce
-from flipout.experiments.lock import FolderLock
 from flipout.experiments.run import Run
 
 HERE = Path(__file__).parent
@@ -64,35 +59,6 @@ def test_a_run_folder_holds_everything(undisturbed):
     result = without_seconds(undisturbed)
     assert sum(result["first"]) == 20
     assert {key: result[key] for key in config} == config
-
-
-#: Where a process dies: at a line of the metrics, at bytes of a file, at a file's taking its name; before, during or after.
-DEATHS = [
-    *(f"log {n} {when}" for n in (1, 2, 7, 20, 21, 40) for when in ("before", "torn", "after")),
-    *(f"save {n} {when}" for n in (1, 2, 3, 4, 5, 9, 16, 17, 18, 31, 32, 33) for when in ("before", "torn", "after")),
-    "move 33 before",
-    *(f"move {n} {when}" for n in (1, 2, 3, 4, 17, 18, 31, 32) for when in ("before", "after")),
-]
-
-
-@pytest.fixture(scope="module")
-def deaths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deaths")
-    found = subprocess.run(
-        [sys.executable, str(HERE / "coin.py"), str(folder), *DEATHS], capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    return folder, json.loads(found.stdout)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("case", DEATHS)
-def test_a_run_killed_anywhere_goes_on_to_the_same_result(case, deaths, undisturbed):
-    folder, processes = deaths[0] / case.replace(" ", "-"), deaths[1][case]
-    assert without_seconds(folder) == without_seconds(undisturbed)
-    assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
-    assert not list(folder.rglob(f"*{files.UNFINISHED}"))
-    assert processes == 2
 
 
 def test_a_finished_run_is_not_run_again(undisturbed, tmp_path):
@@ -166,76 +132,6 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path):
-    folder = unfinished(tmp_path / "run")
-    lock = FolderLock(folder)
-    try:
-        with (
-            pytest.raises(flipout.ArgumentError, match=rf"in use by another process \(number {os.getpid()}\)"),
-            Run.open(folder, "try", Settings(), resume=True, preset="smoke"),
-        ):
-            pass
-    finally:
-        lock.close()
-    with Run.open(folder, "try", Settings(), resume=True, preset="smoke"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("config.json", b"{", "cannot be read"),
-        ("config.json", b"[]", "not a JSON object"),
-        ("checkpoints/state.pt", b"garbage", "the checkpoint .* cannot be read"),
-        ("metrics.jsonl", b"", "had .* when the last checkpoint was saved"),
-    ],
-)
-def test_damage_is_told(tmp_path, name, content, message):
-    folder = unfinished(tmp_path / "run")
-    (folder / name).write_bytes(content)
-    with pytest.raises(flipout.ArgumentError, match=message), Run.open(folder, "try", Settings(), resume=True, preset="smoke"):
-        pass
-
-
-def full_disk(monkeypatch):
-    def write(descriptor, content):
-        os.write(descriptor, bytes(content)[:1])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files, "write_all", write)
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    folder = unfinished(tmp_path / "run")
-    with Run.open(folder, "try", Settings(), resume=True, preset="smoke") as run:
-        with monkeypatch.context() as patch:
-            full_disk(patch)
-            with pytest.raises(SaveError, match=r"No space left on device\); the version saved before is kept.*--resume"):
-                run.save_checkpoint("state", {"x": torch.zeros(3)})
-        assert torch.equal(run.load_checkpoint("state")["x"], torch.ones(3))
-        assert not list(folder.rglob(f"*{files.UNFINISHED}"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
-def test_a_disk_that_is_really_full_ends_a_run_that_can_go_on(undisturbed, tmp_path):
-    """The system itself refuses to write beyond so many bytes of a file, as it does on a full disk."""
-    code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2]); import coin\n"
-        "from pathlib import Path; from flipout.errors import SaveError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1200, resource.RLIM_INFINITY))\n"
-        "try: coin.reproduce.run_experiment(coin.ENTRY, 'smoke', Path(sys.argv[1]))\n"
-        "except SaveError as error: sys.exit(f'SaveError: {error}')\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run"), str(HERE)], capture_output=True, text=True, check=False
-    )
-    assert found.stderr.startswith("SaveError: ")
-    assert "File too large" in found.stderr
-    toss(tmp_path / "run", resume=True)
-    assert without_seconds(tmp_path / "run") == without_seconds(undisturbed)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("state", "message"),
     [({"x": Settings()}, "more than tensors"), ({"x": lambda: 0}, "more than tensors"), ({"x": Path("a")}, "more than tensors")],
@@ -268,18 +164,6 @@ def test_what_the_harness_asks_of_names_phases_numbers_and_results(tmp_path):
     }  # fmt: skip
     assert result["value"] is None
     assert result["shape"] == [1, 2]
-
-
-def test_an_error_inside_leaves_a_run_that_can_go_on(tmp_path):
-    def broken():
-        with Run.open(tmp_path / "run", "try", Settings()) as run, run.phase("first"):
-            run.save_checkpoint("state", {"x": 1})
-            return 1 / 0
-
-    with pytest.raises(ZeroDivisionError):
-        broken()
-    with Run.open(tmp_path / "run", "try", Settings(), resume=True) as run:
-        assert run.load_checkpoint("state") == {"x": 1}
 
 
 def test_figures_are_the_same_bytes_for_the_same_figure(tmp_path):

@@ -86,7 +86,9 @@ def _check_distribution(dist: Any) -> None:
     except NotImplementedError:
         return
     if bool((mean.abs() > 1e-6).any()):  # a law without a mean (Cauchy) has nan here and passes
-        raise ArgumentError(f"FromDistribution({dist}): its mean is {mean}, but the mean weight is the module's own")
+        raise ArgumentError(
+            f"FromDistribution({dist}): its mean is {mean}, but the mean weight is the module's own; take a law of mean 0"
+        )
 
 
 def _is_even(dist: Distribution) -> bool:

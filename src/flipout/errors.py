@@ -10,6 +10,7 @@ __all__ = [
     "MemberError",
     "MissingRuleError",
     "NotFiniteError",
+    "OutOfMemoryError",
     "SaveError",
     "UnsupportedNoiseError",
 ]
@@ -138,6 +139,10 @@ class DownloadError(FlipoutError, OSError):
         >>> issubclass(DownloadError, OSError) and issubclass(DownloadError, FlipoutError)
         True
     """
+
+
+class OutOfMemoryError(FlipoutError, MemoryError):
+    """Memory does not suffice for a step. What was saved before it is kept."""
 
 
 class SaveError(FlipoutError, OSError):

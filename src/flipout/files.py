@@ -31,7 +31,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     Raises:
         SaveError: if the content cannot be written. The old file is still there; what was written of the new one is removed.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")  # two processes never write into one file
     try:
         with open(unfinished, "wb", buffering=0) as file:
             write_all(file.fileno(), content)
@@ -55,7 +55,9 @@ def save_failed(path: Path, error: OSError) -> SaveError:
     """The error that says what became of a file that could not be written."""
     kept = "the version saved before is kept" if path.exists() else "nothing of it was kept"
     reason = error.strerror or str(error)
-    return SaveError(f"{path} could not be written ({reason}); {kept}. Make room or mend the folder, then go on with --resume")
+    return SaveError(
+        f"{path} could not be written ({reason}); {kept}. Make room or mend the folder, then try again; a run goes on with --resume"
+    )
 
 
 def make_folder(path: Path) -> None:
@@ -79,7 +81,7 @@ def write_json(path: Path, value: Any) -> None:
         SaveError: if it cannot be written.
     """
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    replace_file(path, (text + "\n").encode())
+    replace_file(path, (text + "\n").encode(errors="backslashreplace"))  # half a character, from a path say, as JSON escapes it
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -111,11 +111,16 @@ class Estimate(float):
 def estimate_mean(samples: Sequence[float], confidence: float = 0.9) -> Estimate:
     """The mean of independent numbers with Student's t-interval.
 
+    Raises:
+        ArgumentError: for no numbers, or a confidence that is no probability inside (0, 1).
+
     Example:
         >>> print(estimate_mean([1.0, 2.0, 3.0]))
         2 [0.314, 3.69]
     """
     count = len(samples)
+    if not count or not 0 < confidence < 1:
+        raise ArgumentError(f"a mean of {count} numbers, confidence={confidence}: expected 1 or more, and 0 < confidence < 1")
     value = math.fsum(samples) / count
     error = math.sqrt(math.fsum((s - value) ** 2 for s in samples) / (count - 1) / count) if count > 1 else math.inf
     return _interval(value, error, count - 1, confidence)
@@ -130,9 +135,8 @@ def ratio(numerator: Estimate, denominator: Estimate, confidence: float = 0.9) -
         2 [1.82, 2.2]
     """
     log = _log_combination([1.0, -1.0], [numerator, denominator], confidence)
-    value = math.exp(log.value)
-    high = math.exp(log.high) if log.high < 700 else math.inf
-    return Estimate(value, math.exp(log.low), high, value * log.standard_error, log.degrees)
+    value = _exp(log.value)
+    return Estimate(value, _exp(log.low), _exp(log.high), value * log.standard_error, log.degrees)
 
 
 def log_log_slope(sizes: Sequence[float], estimates: Sequence[Estimate], confidence: float = 0.9) -> Estimate:
@@ -148,10 +152,10 @@ def log_log_slope(sizes: Sequence[float], estimates: Sequence[Estimate], confide
         >>> print(log_log_slope([1, 10, 100], points))
         -1 [-1.03, -0.973]
     """
+    if len(set(sizes)) < 2 or min(sizes) <= 0:
+        raise ArgumentError(f"a slope needs two different sizes, both positive, got {list(sizes)}")
     x = np.log(np.asarray(sizes, dtype=np.float64))
     x = x - x.mean()
-    if len(set(sizes)) < 2:
-        raise ArgumentError(f"a slope needs two different sizes, got {list(sizes)}")
     return _log_combination((x / np.square(x).sum()).tolist(), estimates, confidence)
 
 
@@ -164,7 +168,7 @@ def combine(factors: Sequence[float], estimates: Sequence[Estimate], confidence:
         0.5
     """
     value = math.fsum(factor * estimate.value for factor, estimate in zip(factors, estimates, strict=True))
-    parts = [((f * e.standard_error) ** 2, e.degrees) for f, e in zip(factors, estimates, strict=True)]
+    parts = [(abs(f) * e.standard_error, e.degrees) for f, e in zip(factors, estimates, strict=True)]
     return _welch(value, parts, confidence)
 
 
@@ -175,21 +179,26 @@ def _log_combination(factors: Sequence[float], estimates: Sequence[Estimate], co
         if estimate.value <= 0:
             raise ArgumentError(f"the logarithm of {estimate.value} does not exist: the estimate must be positive")
         value += factor * math.log(estimate.value)
-        parts.append(((factor * estimate.standard_error / estimate.value) ** 2, estimate.degrees))
+        parts.append((abs(factor) * estimate.standard_error / estimate.value, estimate.degrees))
     return _welch(value, parts, confidence)
 
 
 def _welch(value: float, parts: Sequence[tuple[float, float]], confidence: float) -> Estimate:
-    """A sum of independent numbers from their squared errors and degrees of freedom."""
-    square = math.fsum(part for part, _ in parts)
-    if not math.isfinite(square) or square == 0:
-        return _interval(value, math.sqrt(square), 0 if square else 1, confidence)
-    degrees = square**2 / math.fsum(part**2 / max(each, 1e-9) for part, each in parts)
-    return _interval(value, math.sqrt(square), degrees, confidence)
+    """A sum of independent numbers from their errors and degrees of freedom."""
+    error = math.hypot(*(part for part, _ in parts))
+    if not math.isfinite(error) or error == 0:
+        return _interval(value, error, 0 if error else 1, confidence)
+    # shares of the squared error, which unlike the squares themselves neither overflow nor vanish
+    degrees = 1 / math.fsum((part / error) ** 4 / max(each, 1e-9) for part, each in parts)
+    return _interval(value, error, degrees, confidence)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
 
 
 def _interval(value: float, error: float, degrees: float, confidence: float) -> Estimate:
-    half = t_quantile(confidence, degrees) * error if degrees > 0 and math.isfinite(error) else math.inf
+    half = t_quantile(confidence, degrees) * error if degrees >= 1 - 1e-9 and math.isfinite(error) else math.inf
     return Estimate(value, value - half, value + half, error, degrees)
 
 
@@ -200,14 +209,15 @@ def t_quantile(confidence: float, degrees: float) -> float:
     With t = √ν tan θ the density in θ is proportional to cos^(ν-1) θ, which is integrated on a grid.
 
     Raises:
-        ArgumentError: if ``confidence`` is no probability inside (0, 1) or ``degrees`` is not positive.
+        ArgumentError: if ``confidence`` is no probability inside (0, 1), or for less than one degree of freedom, which two
+            numbers have.
 
     Example:
         >>> round(t_quantile(0.9, 49), 4)
         1.6766
     """
-    if not 0 < confidence < 1 or not degrees > 0:
-        raise ArgumentError(f"confidence={confidence}, degrees={degrees}: expected 0 < confidence < 1 and degrees > 0")
+    if not 0 < confidence < 1 or not degrees >= 1 - 1e-9:
+        raise ArgumentError(f"confidence={confidence}, degrees={degrees}: expected 0 < confidence < 1 and degrees >= 1")
     # u = θ^(1/2) crowds the grid towards 0, where the mass is for many degrees of freedom
     theta = np.linspace(0.0, 1.0, 20_001) ** 2 * (math.pi / 2)
     with np.errstate(divide="ignore"):

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
 from flipout.noise import Noise
 
@@ -78,6 +79,7 @@ def select(
             continue
         slots = tuple((owner, attribute) for _, owner, attribute in found)
         _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
+        _require_shape(own[0], chosen, slots[0][0]._parameters[slots[0][1]])
         _require_python(own[0], slots)
         sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own)))
     if not sites:
@@ -161,6 +163,23 @@ def _require_real(name: str, parameter: Tensor | None) -> None:
     if parameter is None or not parameter.is_floating_point():
         dtype = None if parameter is None else parameter.dtype
         raise ArgumentError(f"parameter {name!r} has dtype {dtype}, which takes no noise; pass exclude={name!r}")
+
+
+def _require_shape(name: str, noise: Noise, parameter: Tensor | None) -> None:
+    """Raises where a noise has numbers of its own for each entry, and not of entries such as these."""
+    assert parameter is not None
+    shapes = [noise.std.shape] if isinstance(noise.std, Tensor) else []
+    shapes += [noise.dist.batch_shape] if isinstance(noise, FromDistribution) else []
+    for shape in shapes:
+        try:
+            fits = torch.broadcast_shapes(shape, parameter.shape) == parameter.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ArgumentError(
+                f"the noise of {name!r} has numbers of shape {tuple(shape)}, which do not broadcast to the parameter's "
+                f"{tuple(parameter.shape)}; give one number, one for each entry, or another noise to each parameter by its name"
+            )
 
 
 def _require_python(name: str, slots: Iterable[tuple[nn.Module, str]]) -> None:

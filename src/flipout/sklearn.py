@@ -74,8 +74,7 @@ class _BayesianNet(BaseEstimator):  # type: ignore[misc]
         """Trains ``net_`` on the negative ELBO."""
         steps, rows = self._checked(len(X))
         seed = self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self._mean, spread = X.mean(0), X.std(0)
-        self._spread = np.where(spread > 0, spread, 1.0)
+        self._mean, self._spread = _standard(X, "X")
         inputs = self._inputs(X)
         module = _layers((X.shape[1], *self.hidden, outputs), stream(seed, _WEIGHTS))
         (estimator,) = named_estimators([self.estimator]).values()
@@ -107,12 +106,16 @@ class _BayesianNet(BaseEstimator):  # type: ignore[misc]
     def _checked(self, rows: int) -> tuple[int, int]:
         """The steps, and the rows in each."""
         counts = {name: require_count(name, _plain(getattr(self, name)), 1) for name in ("steps", "batch_size", "samples")}
+        if not isinstance(self.hidden, tuple | list):
+            raise ArgumentError(f"hidden={self.hidden!r}: expected the units of each hidden layer, such as (50,)")
         for units in self.hidden:
             require_count("hidden", _plain(units), 1)
         for name in ("std", "prior_std", "learning_rate"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if not _is_number(value) or not (value > 0 and math.isfinite(value)):
                 raise ArgumentError(f"{name}={value!r}: expected a positive number")
+        if not _is_number(self.temperature) or not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ArgumentError(f"temperature={self.temperature!r}: expected a finite number from 0 on")
         return counts["steps"], min(counts["batch_size"], rows)
 
 
@@ -203,7 +206,7 @@ class BayesianRegressor(RegressorMixin, _BayesianNet):  # type: ignore[misc]
         """
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
-        self._centre, self._width = float(y.mean()), float(y.std()) or 1.0
+        self._centre, self._width = map(float, _standard(y, "y"))
         log_noise = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
 
         def nll(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -240,6 +243,23 @@ def _layers(sizes: tuple[int, ...], generator: torch.Generator) -> nn.Module:
             layer.bias.zero_()
         parts += [layer, nn.ReLU()]
     return nn.Sequential(*parts[:-1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _standard(values: Any, what: str) -> tuple[Any, Any]:
+    """Mean and standard deviation along axis 0, where a column that does not vary has 1.
+
+    Raises:
+        ArgumentError: if the values are so large that float64 has no number for the squares.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, spread = values.mean(0), values.std(0)
+    if not np.isfinite(spread).all():
+        raise ArgumentError(f"{what} goes up to {np.abs(values).max():.3g}, whose squares overflow; divide it by something")
+    return mean, np.where(spread > 0, spread, 1.0)
 
 
 def _plain(value: Any) -> Any:

@@ -73,6 +73,8 @@ def elbo_loss(nll: Tensor, kl: Tensor | float, dataset_size: int | None = None, 
             raise ArgumentError(f"elbo_loss({name}): got shape {tuple(value.shape)}; expected a scalar: {_WANTED[name]}")
     if not isinstance(nll, Tensor):
         raise ArgumentError(f"elbo_loss(nll={nll!r}): expected a tensor, {_WANTED['nll']}")
+    if not isinstance(kl, Tensor | int | float):
+        raise ArgumentError(f"elbo_loss(kl={kl!r}): expected a number or a tensor, {_WANTED['kl']}")
     nll = nll.reshape(())
     per_example = torch.as_tensor(kl, dtype=nll.dtype, device=nll.device).reshape(()) / dataset_size
     return Elbo(nll + temperature * per_example, nll, per_example, float(temperature))

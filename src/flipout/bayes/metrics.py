@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flipout.bayes.prediction import Classification, Regression
 from flipout.errors import ArgumentError
+from flipout.gradients import require_count
 
 __all__ = ["accuracy", "brier_score", "calibration_error", "negative_log_likelihood", "ood_auroc"]
 
@@ -22,13 +23,14 @@ def accuracy(prediction: Classification | Tensor, labels: Tensor) -> float:
         labels: ``[N]``, integers.
 
     Raises:
-        ArgumentError: for a regression, probabilities that do not sum to one, labels of another shape; so do the metrics below.
+        ArgumentError: for a regression, probabilities that do not sum to one or are not finite, labels of another shape; so do the
+            metrics below.
 
     Example:
         >>> accuracy(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
         0.5
     """
-    mean = _probabilities(prediction, labels)
+    mean, labels = labelled(prediction, labels)
     found = float(_torchmetrics().multiclass_accuracy(mean, labels, mean.shape[1], average="micro"))
     return round(found * len(labels)) / len(labels)  # the exact fraction, out of single precision
 
@@ -40,7 +42,8 @@ def calibration_error(prediction: Classification | Tensor, labels: Tensor, bins:
         >>> round(calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 4)
         0.4
     """
-    mean = _probabilities(prediction, labels)
+    require_count("bins", bins, 1)
+    mean, labels = labelled(prediction, labels)
     return float(_torchmetrics().multiclass_calibration_error(mean, labels, mean.shape[1], n_bins=bins))
 
 
@@ -51,7 +54,7 @@ def negative_log_likelihood(prediction: Classification | Tensor, labels: Tensor)
         >>> round(negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
         0.6931
     """
-    mean = _probabilities(prediction, labels)
+    mean, labels = labelled(prediction, labels)
     chosen = mean.gather(1, labels[:, None]).clamp_min(torch.finfo(mean.dtype).tiny)
     return float(-chosen.log().double().mean())
 
@@ -63,7 +66,7 @@ def brier_score(prediction: Classification | Tensor, labels: Tensor) -> float:
         >>> brier_score(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         0.5
     """
-    mean = _probabilities(prediction, labels)
+    mean, labels = labelled(prediction, labels)
     truth = torch.nn.functional.one_hot(labels, mean.shape[1]).to(mean.dtype)
     return float((mean - truth).square().sum(1).double().mean())
 
@@ -93,7 +96,8 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     return float(_torchmetrics().binary_auroc(ranks / max(float(ranks.max()), 1.0), truth))
 
 
-def _probabilities(prediction: Any, labels: Any) -> Tensor:
+def labelled(prediction: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Mean probabilities ``[N, classes]`` and labels ``[N]``, int64."""
     if isinstance(prediction, Regression):
         raise ArgumentError(
             "this metric is of class probabilities, and the prediction is a Regression; predict with task='classification', or "
@@ -103,6 +107,8 @@ def _probabilities(prediction: Any, labels: Any) -> Tensor:
     if not isinstance(mean, Tensor) or mean.dim() != 2 or not mean.is_floating_point() or not len(mean):
         found = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
         raise ArgumentError(f"expected a Classification, or probabilities [N, classes], got {found}")
+    if not bool(mean.isfinite().all()):
+        raise ArgumentError("a probability is not finite: look to the weights and the inputs for NaN")
     if bool(((mean.sum(1) - 1).abs() > 1e-3).any()) or bool((mean < 0).any()):
         raise ArgumentError("the rows do not sum to 1: are they logits, or outputs of a regression? Logits take softmax first")
     if not isinstance(labels, Tensor) or labels.shape != mean.shape[:1] or labels.is_floating_point():
@@ -110,7 +116,7 @@ def _probabilities(prediction: Any, labels: Any) -> Tensor:
         raise ArgumentError(f"labels are {told}; expected one integer for each of {len(mean)} examples")
     if bool((labels < 0).any()) or bool((labels >= mean.shape[1]).any()):
         raise ArgumentError(f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {mean.shape[1] - 1}")
-    return mean.detach()
+    return mean.detach(), labels.long()
 
 
 def _torchmetrics() -> Any:

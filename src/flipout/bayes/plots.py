@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flipout.bayes.metrics import _probabilities, calibration_error
+from flipout.bayes.metrics import calibration_error, labelled
 from flipout.bayes.prediction import Classification, Regression
 from flipout.errors import ArgumentError
+from flipout.gradients import require_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,8 @@ def draw_reliability(
         >>> axes.get_xlabel()
         'confidence'
     """
-    mean = _probabilities(prediction, labels)
+    require_count("bins", bins, 1)
+    mean, labels = labelled(prediction, labels)
     axes = _axes(axes)
     confidence, chosen = mean.max(1)
     right = (chosen == labels).double()

@@ -50,6 +50,9 @@ class Classification:
     def of(cls, probabilities: Tensor, keep: bool = True) -> Classification:
         """From members' probabilities ``[samples, N, classes]``, of an ensemble say.
 
+        Raises:
+            ArgumentError: if they are no probabilities: negative, or with rows that do not sum to one.
+
         Example:
             >>> sure, torn = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
             >>> float(Classification.of(torch.stack([torn, torn])).mutual_information)  # both hesitate
@@ -58,8 +61,10 @@ class Classification:
             >>> bool(torch.isclose(found.mutual_information, torch.tensor(2.0).log()))
             True
         """
-        if not isinstance(probabilities, Tensor) or probabilities.dim() < 2:
+        if not isinstance(probabilities, Tensor) or probabilities.dim() < 2 or not len(probabilities):
             raise ArgumentError("expected the probabilities of each member, [samples, N, classes]")
+        if bool(((probabilities.sum(-1) - 1).abs() > 1e-3).any()) or bool((probabilities < 0).any()):
+            raise ArgumentError("members' rows do not sum to 1: are they logits? Those take softmax first")
         mean = probabilities.mean(0)
         entropy = torch.special.entr(mean).sum(-1)
         each = torch.special.entr(probabilities).sum(-1).mean(0)
@@ -94,16 +99,41 @@ class Regression:
     def of(cls, outputs: Tensor, noise_variance: float | Tensor = 0.0, keep: bool = True) -> Regression:
         """From members' outputs ``[samples, N, ...]``.
 
+        Raises:
+            ArgumentError: if there is no member, or ``noise_variance`` is no variance of their outputs.
+
         Example:
             >>> found = Regression.of(torch.tensor([[1.0], [3.0]]), noise_variance=0.5)
             >>> float(found.mean), float(found.variance)
             (2.0, 2.5)
         """
+        if not isinstance(outputs, Tensor) or outputs.dim() < 1 or not len(outputs):
+            raise ArgumentError("expected the outputs of each member, [samples, N, ...]")
+        _require_variance(noise_variance, outputs[0])
         between = outputs.var(0) if len(outputs) > 1 else torch.zeros_like(outputs[0])
         return cls(outputs.mean(0), between + noise_variance, outputs if keep else None)
 
 
 Prediction = Classification | Regression
+
+
+def _require_variance(value: Any, like: Tensor) -> None:
+    """Raises ArgumentError for what is no variance of outputs such as these."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number and not isinstance(value, Tensor):
+        raise ArgumentError(f"noise_variance={value!r}: expected a number or a tensor")
+    found = torch.as_tensor(value)
+    if not bool(((found >= 0) & found.isfinite()).all()):
+        raise ArgumentError(f"noise_variance={value!r}: a variance is finite and not negative")
+    try:
+        fits = torch.broadcast_shapes(found.shape, like.shape) == like.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ArgumentError(
+            f"noise_variance has the shape {tuple(found.shape)}, which does not broadcast to the outputs' {tuple(like.shape)}; "
+            "give one number, or one for each output"
+        )
 
 
 def predict(
@@ -140,7 +170,8 @@ def predict(
         with ``.mean``, ``.variance`` and ``.samples``.
 
     Raises:
-        ArgumentError: if ``samples`` is less than 1, the task is unknown, or the outputs are no logits.
+        ArgumentError: if ``samples`` is less than 1, the task is unknown, the outputs are no logits, or ``noise_variance`` is no
+            variance of them.
 
     Example:
         >>> import flipout

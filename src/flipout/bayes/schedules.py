@@ -21,7 +21,7 @@ def linear_annealing(step: int, steps: int, start: float = 0.0) -> float:
     """
     _require("step", step, 0)
     _require("steps", steps, 1)
-    if not 0.0 <= start <= 1.0:
+    if not isinstance(start, int | float) or not 0.0 <= start <= 1.0:
         raise ArgumentError(f"start={start!r}: expected a temperature from 0 to 1")
     return start + (1.0 - start) * min(step / steps, 1.0)
 
@@ -38,7 +38,7 @@ def cyclical_annealing(step: int, period: int, rising: float = 0.5) -> float:
     """
     _require("step", step, 0)
     _require("period", period, 1)
-    if not 0.0 < rising <= 1.0:
+    if not isinstance(rising, int | float) or not 0.0 < rising <= 1.0:
         raise ArgumentError(f"rising={rising!r}: expected a part of the period, more than 0 and at most 1")
     return min((step % period) / (rising * period), 1.0)
 

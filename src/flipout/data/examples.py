@@ -157,6 +157,8 @@ def text_batches(tokens: Tensor, batch: int, steps: int) -> list[tuple[Tensor, T
     """
     length = len(tokens) // batch if batch > 0 else 0
     if length <= steps or steps < 1:
-        raise ArgumentError(f"{len(tokens)} tokens do not fill {batch} streams with a window of {steps} and the token after it")
+        raise ArgumentError(
+            f"{len(tokens)} tokens do not fill {batch} streams with a window of {steps} and the token after it; lower either"
+        )
     streams = tokens[: batch * length].view(batch, length)
     return [(streams[:, t : t + steps], streams[:, t + 1 : t + 1 + steps]) for t in range(0, length - steps, steps)]

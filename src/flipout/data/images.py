@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from flipout.data.embedded import embedded_mnist
 from flipout.data.examples import Dataset, Examples
 from flipout.data.sources import Remote, load
 from flipout.errors import ArgumentError
+from flipout.files import save_failed
 
 __all__ = ["CIFAR10", "FASHION_MNIST", "MNIST", "cifar10", "fashion_mnist", "mnist"]
 
@@ -172,25 +175,35 @@ def _read_idx(path: Path) -> Bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ArgumentError(f"{path} cannot be read ({error}); get the file anew") from error
     dims = content[3] if len(content) > 3 else 0
     if content[:3] != b"\0\0\x08" or not 1 <= dims <= 3 or len(content) < 4 + 4 * dims:
         raise ArgumentError(f"{path} begins with {content[:4]!r}; expected an idx file of bytes. Get the file anew")
     shape = tuple(np.frombuffer(content, ">u4", dims, 4).tolist())
-    if len(content) != 4 + 4 * dims + int(np.prod(shape)):
+    if len(content) != 4 + 4 * dims + math.prod(shape):
         raise ArgumentError(f"{path} says that it holds {shape} bytes, but has {len(content) - 4 - 4 * dims}; get the file anew")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
 
 
 def _unpacked(archive: Path) -> Path:
-    """The folder of an archive's files, unpacked beside it once, whole or not at all."""
+    """The folder of an archive's files, unpacked beside it once, whole or not at all.
+
+    Raises:
+        ArgumentError: if the archive is damaged.
+        SaveError: if there is no room for the files.
+    """
     folder = archive.with_name("unpacked")
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory(dir=archive.parent) as place:
-        with tarfile.open(archive) as file:
-            file.extractall(Path(place, "files"), filter="data")
+        try:
+            with tarfile.open(archive) as file:
+                file.extractall(Path(place, "files"), filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ArgumentError(f"{archive} cannot be read ({error}); remove it, and it is downloaded anew") from error
+        except OSError as error:
+            raise save_failed(folder, error) from error
         try:
             os.replace(Path(place, "files"), folder)
         except OSError:  # another process was first
@@ -201,7 +214,10 @@ def _unpacked(archive: Path) -> Path:
 
 def _read_cifar(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of a label and 3,072 pixels: a red, a green and a blue plane of 32 x 32."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
+    try:
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read ({error}); get the file anew") from error
     if not len(content) or len(content) % 3073:
         raise ArgumentError(f"{path} has {len(content)} bytes, not a multiple of 3,073; get the file anew")
     rows = content.reshape(-1, 3073)

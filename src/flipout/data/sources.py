@@ -82,7 +82,8 @@ def fetch(remote: Remote, name: str, cache: Path | None = None) -> Path:
             )
             return Path(path)
         except (requests.exceptions.RequestException, OSError) as error:
-            failures.append(f"{url}: {type(error).__name__}")
+            reason = f", {error.strerror}" if error.strerror else ""
+            failures.append(f"{url}: {type(error).__name__}{reason}")
         except ValueError:  # pooch's for another hash
             wrong = True
             failures.append(f"{url}: not the file it should be, its hash is another")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,13 @@ def penn_treebank(
     if level not in LEVELS:
         raise ArgumentError(f"level {level!r}: choose {' or '.join(map(repr, LEVELS))}")
 
+    other: list[str] = []
+
     def read(find: Find) -> dict[str, list[str]]:
-        return {split: _read(find([f"ptb.{split}.txt"])).splitlines() for split in _SPLITS}
+        return {split: _read(find([f"ptb.{split}.txt"]), remote, other).splitlines() for split in _SPLITS}
 
     lines, source = load("penn_treebank", read, remote, data_dir, cache, download, lambda: _parted(embedded_text().splitlines()))
+    source += _told(other)
     name = "penn_treebank" if not source.startswith("embedded") else "pydoc topics of the standard library"
     cut = _words if level == "word" else _characters
     return _text(name, source, level, {split: cut(each) for split, each in lines.items()})
@@ -101,22 +105,33 @@ def tiny_shakespeare(
         ('char', True)
     """
 
+    other: list[str] = []
+
     def read(find: Find) -> dict[str, str]:
-        return _parted(_read(find(["input.txt"])))
+        return _parted(_read(find(["input.txt"]), remote, other))
 
     parts, source = load("tiny_shakespeare", read, remote, data_dir, cache, download, lambda: _parted(embedded_text()))
     name = "tiny_shakespeare" if not source.startswith("embedded") else "pydoc topics of the standard library"
-    return _text(name, source, "char", parts)
+    return _text(name, source + _told(other), "char", parts)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, remote: Remote, other: list[str]) -> str:
+    """The text of a file; its name goes into ``other`` if it is not the file that the data set is known by."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{path} cannot be read ({error}); get the file anew") from error
     if not text.strip():
         raise ArgumentError(f"{path} is empty; get the file anew")
+    kind, _, known = remote.hashes.get(path.name, "").partition(":")
+    if known and hashlib.new(kind, path.read_bytes()).hexdigest() != known:
+        other.append(path.name)
     return text
+
+
+def _told(other: list[str]) -> str:
+    """For the source: a text has no length of its own, so one that was cut short can only be told by its hash."""
+    return f" ({', '.join(other)}: not the known file, its hash is another)" if other else ""
 
 
 def _parted(whole: Any) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import copy
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from flipout.errors import ArgumentError
 from flipout.evolution.strategy import EvolutionStrategy
-from flipout.files import replace_file
+from flipout.states import read_state, write_state
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -44,24 +41,15 @@ def save_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
         ...     save_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
         ...     load_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
     """
-    states = {name: part.state_dict() for name, part in _all(es, parts).items()}
-    content = io.BytesIO()
-    torch.save(states, content)
-    content.seek(0)
-    try:
-        torch.load(content, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ArgumentError(
-            f"the state for {path} could not be loaded again without running code from the file: {error}"
-        ) from error
-    replace_file(Path(path), content.getbuffer())
+    write_state(Path(path), {name: part.state_dict() for name, part in _all(es, parts).items()})
 
 
 def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) -> None:
     """Brings the strategy, its module and the parts to where :func:`save_checkpoint` left them.
 
     Raises:
-        ArgumentError: if the file is not there or damaged, lacks a part or has one more, or is of another strategy.
+        ArgumentError: if the file is not there or damaged, lacks a part or has one more, or is of another strategy. The parts are
+            as they were then.
 
     Example:
         >>> import torch, flipout
@@ -71,15 +59,21 @@ def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
             ...
         flipout.errors.ArgumentError: the checkpoint nowhere.pt cannot be read ...
     """
-    try:
-        states = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"strategy", "module", *parts} ^ set(states)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ArgumentError(f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]})") from error
-    if missing:
+    states, wanted = read_state(Path(path)), _all(es, parts)
+    if set(wanted) != set(states):
         raise ArgumentError(f"the checkpoint {path} has {sorted(states)}: pass the parts that it was saved with, by the same names")
-    for name, part in _all(es, parts).items():
-        part.load_state_dict(states[name])
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
+    try:
+        for name, part in wanted.items():
+            part.load_state_dict(states[name])
+    except Exception as error:
+        for name, part in wanted.items():
+            part.load_state_dict(before[name])
+        if isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(
+            f"the checkpoint {path} has another {name} ({str(error).splitlines()[0]}): make every part as it was made then"
+        ) from error
 
 
 def _all(es: EvolutionStrategy, parts: dict[str, Stateful]) -> dict[str, Stateful]:

@@ -20,7 +20,12 @@ def require_fitness(fitness: object, count: int, what: str) -> Tensor:
         ArgumentError: if it holds no numbers, or not ``count`` of them.
     """
     try:
-        found = torch.as_tensor(fitness).detach().to(torch.float64)
+        # Python's numbers have 53 bits, and torch would keep 24 of them
+        exact = torch.float64 if isinstance(fitness, list | tuple) else None
+        found = torch.as_tensor(fitness, dtype=exact).detach()
+        if found.is_complex():
+            raise TypeError("complex numbers have no order")
+        found = found.to(torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{what} is a {type(fitness).__name__}, not a number for each of {count} members ({error})") from error
     if found.shape != (count,):

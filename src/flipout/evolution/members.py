@@ -83,6 +83,7 @@ class Members(Draw):
         Raises:
             BatchError: if the values do not divide into the members.
         """
+        values = values if values.is_floating_point() else values.double()  # right or wrong, counts
         if values.shape[:1] == (self.count,):
             return values if values.dim() == 1 else values.flatten(1).mean(1)
         if values.dim() != 1 or not values.numel() or values.numel() % self.count:

@@ -32,7 +32,7 @@ class ObservationNormalizer:
     """
 
     def __init__(self, shape: Sequence[int], clip: float = 10.0) -> None:
-        if not clip > 0:
+        if not isinstance(clip, int | float) or not clip > 0:
             raise ArgumentError(f"clip={clip!r}: expected a positive bound")
         self.clip = float(clip)
         self._total = _zeros(shape)
@@ -54,8 +54,17 @@ class ObservationNormalizer:
         return scaled.clamp(-self.clip, self.clip)
 
     def observe(self, observations: Tensor) -> None:
-        """Collects observations ``[n, *shape]`` for the next generation."""
+        """Collects observations ``[n, *shape]`` for the next generation.
+
+        Raises:
+            ArgumentError: for observations of another shape, or such that are not finite: one would spoil all that follow.
+        """
         seen = observations.detach().to("cpu", torch.float64)
+        if seen.shape[1:] != self._total.shape[1:] or not seen.dim():
+            wanted = ", ".join(map(str, ("n", *self._total.shape[1:])))
+            raise ArgumentError(f"observations of shape {tuple(seen.shape)}: expected [{wanted}]")
+        if not bool(seen.isfinite().all()):
+            raise ArgumentError("an observation is not finite, and would spoil the running mean for good; look to the environment")
         self._new = self._new + torch.stack([torch.full_like(seen[:1].sum(0), len(seen)), seen.sum(0), seen.square().sum(0)])
 
     def collect(self) -> Tensor:
@@ -64,7 +73,14 @@ class ObservationNormalizer:
         return found
 
     def merge(self, collected: Tensor) -> None:
-        """Adds what another process has collected."""
+        """Adds what another process has collected.
+
+        Raises:
+            ArgumentError: if it is of observations of another shape.
+        """
+        if collected.shape != self._new.shape:
+            was, now = tuple(collected.shape[1:]), tuple(self._new.shape[1:])
+            raise ArgumentError(f"what was collected is of observations of shape {was}; expected {now}, those of one environment")
         self._new = self._new + collected
 
     def update(self) -> None:

@@ -42,9 +42,13 @@ def zscore(fitness: Tensor) -> Tensor:
         >>> zscore(torch.tensor([1.0, 3.0]))
         tensor([-1.,  1.])
     """
-    centered = fitness - fitness.mean()
-    scale = centered.square().mean().sqrt()
-    return centered / scale if float(scale) > 0 else torch.zeros_like(fitness)
+    low, high = fitness.aminmax()
+    if bool(low == high):
+        return torch.zeros_like(fitness)
+    centered = fitness / 2 - (low / 2 + high / 2) / 2  # halves and the largest size: squares of any fitness can be summed
+    centered = centered / centered.abs().max()
+    centered = centered - centered.mean()
+    return centered / centered.square().mean().sqrt()
 
 
 def sign(fitness: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def sign(fitness: Tensor) -> Tensor:
         tensor([-1.,  0.,  1.])
     """
     ordered, n = fitness.sort().values, len(fitness)
-    return torch.sign(fitness - (ordered[(n - 1) // 2] + ordered[n // 2]) / 2)
+    low, high = ordered[(n - 1) // 2], ordered[n // 2]
+    return (fitness > low).to(fitness) - (fitness < high).to(fitness) if bool(low < high) else torch.sign(fitness - low)
 
 
 SHAPINGS: dict[str, Shaping] = {"centered_rank": centered_rank, "zscore": zscore, "sign": sign}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -245,7 +246,7 @@ class EvolutionStrategy:
             MemberError: if ``n`` lies outside the population.
             ArgumentError: if ``generation`` is no integer of at least 0.
         """
-        generation, n = _count("generation", generation, 0), int(n)
+        generation, n = _count("generation", generation, 0), _index(n)
         if not 0 <= n < self.population:
             raise MemberError(f"member {n} is out of range: the population has members 0 to {self.population - 1}")
         first = n - n % self._each
@@ -350,6 +351,13 @@ class EvolutionStrategy:
             for name, part in draw.weighted_sum(signed[first:last]).items():
                 totals[name] += part
         return totals
+
+
+def _index(n: Any) -> int:
+    try:
+        return operator.index(n)
+    except TypeError:
+        raise MemberError(f"member index {n!r} is a {type(n).__name__}; expected an integer") from None
 
 
 def _count(name: str, value: Any, least: int, multiple: int = 1) -> int:

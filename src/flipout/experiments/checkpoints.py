@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from flipout.errors import ArgumentError
-from flipout.files import replace_file
+from flipout.errors import ArgumentError, NotFiniteError
+from flipout.states import read_state, write_state
 
 __all__ = ["metrics_kept", "read_checkpoint", "write_checkpoint"]
+
+_ANEW = "start anew in another folder with --out"
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], metrics: int, prove: bool) -> None:
@@ -23,24 +23,21 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], metrics: int, prove: 
         path: of the file.
         state: tensors, numbers, texts, and lists, tuples and dicts of them.
         metrics: bytes of the metrics written before.
-        prove: load what is about to be saved, so that a state which cannot be loaded is refused now and not after a kill.
+        prove: as in :func:`flipout.states.write_state`.
 
     Raises:
         ArgumentError: if the state cannot be loaded again.
+        NotFiniteError: if a tensor in it has NaN, from which nothing can go on; the file is as it was.
         SaveError: if it cannot be written; the file is as it was.
     """
-    content = io.BytesIO()  # not straight to the file: torch.save reports a full disk in several ways, some of them fatal
-    try:
-        torch.save({"state": dict(state), "metrics": metrics}, content)
-        if prove:
-            content.seek(0)
-            torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        raise ArgumentError(
-            f"the state for {path} holds more than tensors, numbers, texts, and lists and dicts of them, and could not be loaded "
-            "again without running code from the file: save state_dict() or get_state() of what is in it"
-        ) from error
-    replace_file(path, content.getbuffer())
+    for name, tensor in _tensors(state, ""):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            kept = "the checkpoint before it is kept" if path.exists() else "there is none before it"
+            raise NotFiniteError(
+                f"{name!r} has NaN, and a run cannot go on from that, so {path} is not written; {kept}. Lower the learning rate or "
+                "the noise, in another folder"
+            )
+    write_state(path, {"state": dict(state), "metrics": metrics}, prove)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -53,21 +50,28 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         ArgumentError: if the file is damaged.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(found, dict) or not {"state", "metrics"} <= set(found):
-            raise ValueError("it was not saved by a run")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ArgumentError(
-            f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}): it was damaged after it was saved; "
-            "start anew in another folder with --out"
-        ) from error
+    found = read_state(path, mmap, _ANEW)
+    if not {"state", "metrics"} <= set(found):
+        raise ArgumentError(f"the checkpoint {path} cannot be read (it was not saved by a run); {_ANEW}")
     return found
 
 
 def metrics_kept(folder: Path) -> int:
     """Bytes of the metrics of a run folder that its latest checkpoint stands for; all of them if the run is finished."""
+    metrics = folder / "metrics.jsonl"
     if (folder / "result.json").exists():
-        return (folder / "metrics.jsonl").stat().st_size
+        return metrics.stat().st_size if metrics.exists() else 0
     paths = sorted((folder / "checkpoints").glob("*.pt"))
     return max((int(read_checkpoint(path, mmap=True)["metrics"]) for path in paths), default=0)
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a state, with dotted names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{i}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flipout.data import Dataset, Examples
+from flipout.errors import NotFiniteError
 from flipout.estimators import Flipout, Independent
 from flipout.evolution import EvolutionStrategy, Members
 from flipout.experiments.networks import ConvLe, linear
@@ -98,6 +100,9 @@ def train(
 
     Returns:
         ``updates`` and ``losses`` (nats, of the mean weights on training images), and ``test_accuracy``.
+
+    Raises:
+        NotFiniteError: if the loss is not finite where it is told.
     """
     device = data.train.labels.device
     module = make_net(problem, seed).to(device)
@@ -123,6 +128,10 @@ def train(
         if done % problem.judge_every == 0 or done == problem.updates:
             updates.append(done)
             losses.append(_loss(module, data.train))
+            if not math.isfinite(losses[-1]):
+                raise NotFiniteError(
+                    f"the loss is {losses[-1]} after {done} updates: lower the learning rate; what was saved is kept"
+                )
             log(step=done, loss=losses[-1])
         if done % _EVERY == 0 or done == problem.updates:
             parts = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "batches": batches.get_state()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +61,7 @@ class MetricsFile:
         Raises:
             SaveError: if it cannot be written; what was written of it is cut off.
         """
-        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         try:
             write_all(self._descriptor, line)
         except OSError as error:
@@ -81,10 +83,20 @@ class MetricsFile:
         os.close(self._descriptor)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The lines of the file, as they are now."""
-        with open(self._path, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+        """The lines of the file, as they are now.
+
+        Raises:
+            ArgumentError: if one cannot be read.
+        """
+        with open(self._path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ArgumentError(
+                        f"line {number} of {self._path} cannot be read ({error}): it was changed after it was written; name "
+                        "another folder with --out"
+                    ) from error
 
 
 class Boards:
@@ -93,7 +105,9 @@ class Boards:
     Args:
         folder: for the subfolders.
         kept: the records that a run which goes on has kept. Of a phase whose files are there, TensorBoard is told to hide what lies
-            beyond them (``purge_step``); of one that has none yet, they are written now.
+            beyond them (``purge_step``); of one that has none yet, they are written now. TensorBoard reads files in the order of
+            the seconds in their names: where the clock was set back, and a new file would come before those there, all is
+            written anew.
 
     Raises:
         ArgumentError: if tensorboard is not installed.
@@ -107,7 +121,9 @@ class Boards:
         for record in kept:
             phase = record.get("phase") or "run"
             self._next[phase] = max(self._next.get(phase, 0), record["step"] + 1)
-        missing = {phase for phase in self._next if not (folder / phase).exists()}
+        missing = {phase for phase in self._next if not self._follows(phase)}
+        for phase in missing:
+            shutil.rmtree(folder / phase, ignore_errors=True)
         for record in kept:
             if (record.get("phase") or "run") in missing:
                 self.add(record)
@@ -127,6 +143,12 @@ class Boards:
                 "or leave the option out: metrics.jsonl has the same numbers"
             ) from error
         return SummaryWriter
+
+    def _follows(self, phase: str) -> bool:
+        """Whether there are files of a phase, all of which TensorBoard reads before one that is made now."""
+        now = f"events.out.tfevents.{int(time.time()):010d}"
+        names = [path.name for path in (self._folder / phase).glob("events.out.tfevents.*")]
+        return bool(names) and max(names) < now
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes the numbers of a record of the metrics."""

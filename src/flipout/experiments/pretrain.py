@@ -189,13 +189,19 @@ def _train(
         step += 1
         after(step)
         if step % 50 == 0:
-            if not math.isfinite(float(loss.detach())):
-                raise ArgumentError(f"the loss is {float(loss.detach())} after {step} steps: lower the learning rate or the noise")
+            _require_finite(loss, step)
             save({"module": net.module.state_dict(), "optimiser": optimiser.state_dict(), "step": step})
+        elif step == settings.steps:
+            _require_finite(loss, step)
     optimiser.zero_grad()
     if step >= settings.steps:
         enough(step)
     return step
+
+
+def _require_finite(loss: Tensor, step: int) -> None:
+    if not math.isfinite(value := float(loss.detach())):
+        raise ArgumentError(f"the loss is {value} after {step} steps: lower the learning rate or the noise")
 
 
 def _accuracy(net: Perturbed, judged: tuple[Tensor, Tensor], noisy: bool, generator: torch.Generator) -> float:

@@ -37,6 +37,7 @@ from flipout.experiments import folder as folders
 from flipout.experiments.checkpoints import metrics_kept, read_checkpoint, write_checkpoint
 from flipout.experiments.environment import describe_environment, find_device
 from flipout.experiments.lock import FolderLock
+from flipout.experiments.memory import shortage_told
 from flipout.experiments.metrics import Boards, MetricsFile, record_of
 from flipout.files import UNFINISHED, make_folder, plain, read_json, replace_file, write_json
 
@@ -122,6 +123,7 @@ class Run:
                 settings; if it holds something else; if another process is at work in it; if the device is not there or
                 tensorboard is not installed.
             SaveError: if nothing can be written there.
+            OutOfMemoryError: in place of what torch and Python raise inside where memory does not suffice.
         """
         if tensorboard:
             Boards.check()
@@ -146,7 +148,8 @@ class Run:
             boards = Boards(folder / "tensorboard", list(metrics.records())) if tensorboard else None
             if boards is not None:
                 stack.callback(boards.close)
-            yield cls(folder, lock, metrics, boards, resume)
+            with shortage_told(folder):
+                yield cls(folder, lock, metrics, boards, resume)
 
     @property
     def finished(self) -> bool:
@@ -230,6 +233,7 @@ class Run:
 
         Raises:
             ArgumentError: if the state holds anything else.
+            NotFiniteError: if a tensor has NaN; the checkpoint before it is kept.
             SaveError: if it cannot be written; the checkpoint before it is kept.
         """
         write_checkpoint(self._checkpoint(name), state, self._metrics.sync(), prove=name not in self._proven)

@@ -260,19 +260,24 @@ class _Seed:
         if not isinstance(net, Perturbed):
             with _dropping(net, generator):
                 loss = mean_loss(net, batch)
-            _require_finite(loss, step)
+            if self._looks(step):
+                _require_finite(loss, step)
             return loss
         with net.hold(settings.batch, generator):
             nll = mean_loss(net, batch)
         temperature = settings.temperature * linear_annealing(step, max(1, settings.steps // 2))
         loss = elbo_loss(nll, kl_divergence(net, Normal(0.0, settings.prior_std)), len(self.data.train), temperature).loss
-        if step % _LOOK == 0:
+        if self._looks(step):
             require_finite(net, loss)
         return loss
 
+    def _looks(self, step: int) -> bool:
+        """Whether the loss of a step is looked at: of every so many, and of the last before a checkpoint."""
+        return step % _LOOK == 0 or (step + 1) % _SAVE == 0 or step + 1 == self.settings.steps
+
 
 def _require_finite(loss: Tensor, step: int) -> None:
-    if step % _LOOK == 0 and not bool(loss.isfinite()):
+    if not bool(loss.isfinite()):
         raise NotFiniteError(f"the loss is {float(loss.detach())} after {step} steps: lower the learning rate")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files as resources
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flipout
-from flipout.errors import ArgumentError
+from flipout.errors import ArgumentError, FlipoutError
 from flipout.experiments.claims import Claim
 from flipout.experiments.console import interval
 from flipout.files import make_folder, replace_file
@@ -97,7 +98,8 @@ def _section(index: int, run: FinishedRun, claims: Sequence[Claim]) -> Iterator[
         yield _figure(run, path)
     if run.entry is not None:
         console = HtmlConsole()
-        run.entry.load().show(run.result, console)
+        with _intact(run):
+            run.entry.load().show(run.result, console)
         yield f"<h3>Numbers</h3>{''.join(console.parts)}"
     yield _details("Settings", {"preset": run.result.get("preset"), **_flat(run.result.get("settings", {}))})
     seconds = {name: _duration(float(value)) for name, value in run.result.get("seconds", {}).items()}
@@ -107,7 +109,24 @@ def _section(index: int, run: FinishedRun, claims: Sequence[Claim]) -> Iterator[
 
 
 def _claims(run: FinishedRun) -> Sequence[Claim]:
-    return [] if run.entry is None else run.entry.load().claims(run.result)
+    if run.entry is None:
+        return []
+    with _intact(run):
+        return run.entry.load().claims(run.result)
+
+
+@contextmanager
+def _intact(run: FinishedRun) -> Iterator[None]:
+    """Raises ArgumentError in place of what a result raises that lacks numbers."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, FlipoutError):
+            raise
+        raise ArgumentError(
+            f"{run.folder / 'result.json'} cannot be shown ({type(error).__name__}: {error}): it was changed after it was written, "
+            "or is of another version; leave it out, or run the experiment anew in another folder"
+        ) from error
 
 
 def _claims_table(claims: Sequence[Claim]) -> str:

@@ -68,6 +68,8 @@ def find_runs(places: Sequence[Path]) -> tuple[list[FinishedRun], list[Path]]:
 
 def _read(folder: Path) -> FinishedRun:
     result = read_json(folder / "result.json")
+    if not all(isinstance(result.get(part, {}), dict) for part in ("seconds", "settings")):
+        raise ArgumentError(f"{folder / 'result.json'} has no seconds or settings that can be read; leave it out, or run it anew")
     environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
     entry = next((entry for entry in ENTRIES if entry.name == result.get("experiment")), None)
     return FinishedRun(folder, entry, result, environment, tuple(sorted((folder / "figures").glob("*.svg"))))

@@ -219,7 +219,7 @@ def variance_components(
         >>> found.alpha > found.beta > found.gamma
         True
     """
-    check_net(net, seed)
+    check_net(net, seed, confidence)
     require_count("batch_size", batch_size, 1)
     parts = check_parts(net, parts)
     sizes = block_sizes(draws, repeats)

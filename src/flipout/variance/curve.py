@@ -186,7 +186,7 @@ def variance_curve(
         >>> abs(curve.slope("flipout") + 1) < abs(curve.slope("shared") + 1)
         True
     """
-    check_net(net, seed)
+    check_net(net, seed, confidence)
     sizes = _checked_sizes(batch_sizes)
     parts = check_parts(net, parts)
     named = named_estimators(estimators)

@@ -85,7 +85,7 @@ def gradient_variance(
         >>> found["flipout"].total.value < found["shared"].total.value
         True
     """
-    check_net(net, seed)
+    check_net(net, seed, confidence)
     require_count("batch_size", batch_size, 1)
     require_grouping(by)
     parts = check_parts(net, parts)
@@ -159,11 +159,13 @@ def block_sizes(draws: int, repeats: int | None) -> list[int]:
     return [draws // repeats + (i < draws % repeats) for i in range(repeats)]
 
 
-def check_net(net: Perturbed, seed: int) -> None:
-    """Raises ArgumentError for a net that was not wrapped, and for a wrong seed."""
+def check_net(net: Perturbed, seed: int, confidence: float) -> None:
+    """Raises ArgumentError for a net that was not wrapped, a wrong seed, and a confidence of which no interval can be made."""
     if not isinstance(net, Perturbed):
         raise ArgumentError(f"expected a flipout.Perturbed, got {type(net).__name__}; wrap the module with its noise first")
     require_count("seed", seed, 0)
+    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise ArgumentError(f"confidence={confidence!r}: expected a probability, 0 < confidence < 1")
 
 
 def check_parts(net: Perturbed, parts: Parts | None) -> Parts:

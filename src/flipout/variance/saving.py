@@ -37,12 +37,14 @@ class BlockFile:
         if path is None or not path.exists():
             return
         found = read_json(path)
-        before = found.get("question", {})
+        before, blocks = found.get("question"), found.get("blocks")
+        if not isinstance(before, dict) or not isinstance(blocks, dict):
+            raise ArgumentError(f"checkpoint {path} is no file of finished blocks; name another file, or remove it")
         differing = [key for key in {**before, **self.question} if before.get(key) != self.question.get(key)]
         if differing:
             told = "; ".join(f"{key} was {before.get(key)!r}, is {self.question.get(key)!r}" for key in sorted(differing))
             raise ArgumentError(f"checkpoint {path} is of another measurement ({told}); name another file, or remove it")
-        self.blocks = found["blocks"]
+        self.blocks = blocks
 
     def of(self, key: str) -> list[Any]:
         """The finished blocks of one point."""
