@@ -29,8 +29,11 @@ def test_examples_run(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     namespace = {"__name__": page.stem}
     exec(GIVEN.get(page.name, ""), namespace)
-    for line, code in blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    try:
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    finally:
+        torch.set_default_dtype(torch.float32)  # a page may choose float64
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
