@@ -33,15 +33,24 @@ def matrix(x: float, y: float, values: tuple[tuple[float, ...], ...]) -> list[st
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             left, top, kind = x + j * CELL, y + i * CELL, "plus" if value > 0 else "minus"
-            parts.append(f'<rect x="{left:g}" y="{top:g}" width="{CELL - 2}" height="{CELL - 2}" class="{kind}" opacity="{abs(value)}"/>')
+            parts.append(
+                f'<rect x="{left:g}" y="{top:g}" width="{CELL - 2}" height="{CELL - 2}" class="{kind}" opacity="{abs(value)}"/>'
+            )
             parts.append(text(left + CELL / 2 - 1, top + CELL / 2 + 4, "+" if value > 0 else "−", "ink sign"))
-    parts.append(f'<rect x="{x - 3:g}" y="{y - 3:g}" width="{len(values[0]) * CELL + 4}" height="{len(values) * CELL + 4}" class="line"/>')
+    parts.append(
+        f'<rect x="{x - 3:g}" y="{y - 3:g}" width="{len(values[0]) * CELL + 4}" height="{len(values) * CELL + 4}" class="line"/>'
+    )
     return parts
 
 
 def signs(x: float, y: float, values: tuple[int, ...], down: bool) -> list[str]:
     return [
-        text(x + (0 if down else k * CELL), y + (k * CELL if down else 0), "+" if v > 0 else "−", "plus sign" if v > 0 else "minus sign")
+        text(
+            x + (0 if down else k * CELL),
+            y + (k * CELL if down else 0),
+            "+" if v > 0 else "−",
+            "plus sign" if v > 0 else "minus sign",
+        )
         for k, v in enumerate(values)
     ]
 
@@ -58,7 +67,10 @@ def picture() -> str:
         ]
     parts += [text(150, 310, "one error in all, which stays", "soft small")]
     parts.append('<path d="M 300 24 V 306" class="line" stroke-dasharray="4 5"/>')
-    parts += [text(580, 32, "flipout"), text(580, 54, "the same sizes, flipped by signs of each example's own: ΔW ∘ r sᵀ", "soft small")]
+    parts += [
+        text(580, 32, "flipout"),
+        text(580, 54, "the same sizes, flipped by signs of each example's own: ΔW ∘ r sᵀ", "soft small"),
+    ]
     for n, (r, s) in enumerate(SIGNS):
         x = 362 + n * 172
         flipped = tuple(tuple(r[i] * s[j] * value for j, value in enumerate(row)) for i, row in enumerate(BASE))

@@ -75,6 +75,7 @@ class Regression:
 
     @property
     def std(self) -> Tensor:
+        """The standard deviation, of the variance's shape."""
         return self.variance.sqrt()
 
     @classmethod

@@ -83,14 +83,17 @@ class Text:
 
     @property
     def train(self) -> Tensor:
+        """The tokens to learn from, int64 ``[length]``."""
         return self.splits["train"]
 
     @property
     def valid(self) -> Tensor:
+        """The tokens to choose settings by, int64 ``[length]``."""
         return self.splits["valid"]
 
     @property
     def test(self) -> Tensor:
+        """The tokens to report on, int64 ``[length]``."""
         return self.splits["test"]
 
     def to(self, device: torch.device | str) -> Text:
