@@ -19,7 +19,8 @@ STYLE = """
     .paper { fill: #16181d } .ink { fill: #e8eaf0 } .soft { fill: #a7aebb } .line { stroke: #5d6572 }
     .plus { fill: #63b3ed } .minus { fill: #f6ad55 }
   }
-  text { font-family: system-ui, sans-serif; font-size: 15px } .small { font-size: 13px } .sign { font-size: 14px; font-weight: 600 }
+  text { font-family: system-ui, sans-serif; font-size: 15px } .small { font-size: 13px }
+  .sign { font-size: 14px; font-weight: 600 }
 """
 
 
@@ -28,7 +29,7 @@ def text(x: float, y: float, words: str, kind: str = "ink", anchor: str = "middl
 
 
 def matrix(x: float, y: float, values: tuple[tuple[float, ...], ...]) -> list[str]:
-    """Cells coloured by sign, the more opaque the larger; a stroke tells the sign without colour."""
+    """Cells coloured by sign, the more opaque the larger, with the sign itself for those who do not tell the colours apart."""
     parts = []
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -45,12 +46,7 @@ def matrix(x: float, y: float, values: tuple[tuple[float, ...], ...]) -> list[st
 
 def signs(x: float, y: float, values: tuple[int, ...], down: bool) -> list[str]:
     return [
-        text(
-            x + (0 if down else k * CELL),
-            y + (k * CELL if down else 0),
-            "+" if v > 0 else "−",
-            "plus sign" if v > 0 else "minus sign",
-        )
+        text(x + k * CELL * (not down), y + k * CELL * down, *(("+", "plus sign") if v > 0 else ("−", "minus sign")))
         for k, v in enumerate(values)
     ]
 
