@@ -44,6 +44,7 @@ html_theme = "furo"
 html_show_search_summary = False  # summaries are fetched, which a browser forbids to a page opened as a file
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_static_path: list[str] = []
 
 PUBLIC = ("flipout", "flipout.bayes", "flipout.data", "flipout.evolution", "flipout.regularize", "flipout.variance")
