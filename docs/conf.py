@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +39,7 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes in a list; those that are properties have an entry of their own
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
@@ -93,10 +95,21 @@ def keep_sentences(app: Any, what: str, name: str, value: Any, options: Any, lin
             return
 
 
+def name_folders(app: Any, docname: str, source: list[str]) -> None:
+    """A link to a folder of the repository has no page to lead to: its words remain."""
+    here = (Path(app.srcdir) / docname).parent
+
+    def words(link: re.Match[str]) -> str:
+        return link[1] if (here / link[2]).is_dir() else link[0]
+
+    source[0] = re.sub(r"\[([^\]\n]+)\]\((\.\./[^)\s]+)\)", words, source[0])
+
+
 names = public_names()
 
 
 def setup(app: Any) -> None:
+    app.connect("source-read", name_folders)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", set_equations, priority=400)  # before napoleon reads the sections
     app.connect("autodoc-process-docstring", keep_sentences, priority=600)

@@ -135,7 +135,8 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     ids = set().union(*(read(path).ids for path in (site / "api").glob("*.html")))
     names = public_names()
     assert len(names) > 200
-    assert sorted(set(names) - ids) == []
+    documented = {id(value) for name, value in names.items() if name in ids}  # one entry serves all names of a thing
+    assert sorted(name for name, value in names.items() if name not in ids and id(value) not in documented) == []
 
 
 @needs_site
