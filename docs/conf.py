@@ -39,7 +39,6 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True  # attributes in a list; those that are properties have an entry of their own
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
@@ -49,18 +48,22 @@ html_show_sphinx = False
 html_show_copyright = False
 html_static_path: list[str] = []
 
-PUBLIC = ("flipout", "flipout.bayes", "flipout.data", "flipout.evolution", "flipout.regularize", "flipout.variance")
+#: Where users import from; a name that is in two of them is documented in the later one.
+PUBLIC = (
+    "flipout", "flipout.bayes", "flipout.data", "flipout.errors", "flipout.evolution", "flipout.regularize", "flipout.variance",
+)  # fmt: skip
 
 
 def public_names() -> dict[str, str]:
-    """From where a name is defined to where users import it: ``flipout.perturb.Perturbed`` to ``flipout.Perturbed``."""
-    found = {}
+    """From each way to write a name to the one it is documented by: ``flipout.perturb.Perturbed`` to ``flipout.Perturbed``."""
+    documented, ways = {}, {}
     for module in map(importlib.import_module, PUBLIC):
         for name in module.__all__:
             value = getattr(module, name)
             if not isinstance(value, ModuleType) and hasattr(value, "__qualname__"):
-                found[f"{value.__module__}.{value.__qualname__}"] = f"{module.__name__}.{name}"
-    return found
+                defined = ways[f"{module.__name__}.{name}"] = f"{value.__module__}.{value.__qualname__}"
+                documented[defined] = f"{module.__name__}.{name}"
+    return documented | {way: documented[defined] for way, defined in ways.items()}
 
 
 def resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
@@ -87,7 +90,16 @@ def set_equations(app: Any, what: str, name: str, value: Any, options: Any, line
 
 
 def keep_sentences(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """What stands before a colon in a property's docstring is no type, as napoleon takes it to be."""
+    """What stands before a colon in a property's docstring is no type, as napoleon takes it to be.
+
+    An attribute of a class's list that is a property has an entry of its own, which is the one that references lead to.
+    """
+    if what == "class":
+        for i, line in reversed(list(enumerate(lines))):
+            attribute = line.strip().removeprefix(".. attribute:: ")
+            found = getattr(value, attribute, None) if attribute != line.strip() else None
+            if isinstance(found, property) and found.__doc__:
+                lines.insert(i + 1, "   :no-index:")
     for i, line in enumerate(lines):
         if what in ("property", "attribute", "data") and line.startswith(":type: "):
             lines[0] = f"{line.removeprefix(':type: ')}: {lines[0]}"
