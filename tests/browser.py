@@ -92,7 +92,8 @@ class Browser:
         os.write(self._writes, json.dumps(command).encode() + b"\0")
         while (message := self._message(timeout)).get("id") != self._number:
             pass
-        assert "error" not in message, message
+        if "error" in message:
+            raise RuntimeError(f"{method}: {message['error']}")
         result: dict[str, Any] = message["result"]
         return result
 
@@ -103,10 +104,12 @@ class Browser:
     def wait_for(self, script: str, timeout: float = 60) -> Any:
         """Until the expression is true."""
         deadline = time.monotonic() + timeout
-        while not (found := self.evaluate(script)):
-            assert time.monotonic() < deadline, f"waited for {script}; {self.complaints}"
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError):  # a page that is on its way out answers nothing
+                if found := self.evaluate(script):
+                    return found
             time.sleep(0.05)
-        return found
+        raise AssertionError(f"waited for {script}; {self.complaints}")
 
     def open(self, url: str) -> None:
         """Opens a page, and waits until it is loaded."""
