@@ -9,7 +9,7 @@ import torch
 from flipout import registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 #: What a page takes for granted: the reader's own model.
 GIVEN = {"models.md": "import torch, flipout\nmodel, batch = torch.nn.Linear(3, 2), {'input': torch.ones(4, 3)}"}
@@ -22,18 +22,21 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match.group(1)) for match in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))  # a page may register rules
     torch.manual_seed(0)
     namespace = {"__name__": page.stem}
     exec(GIVEN.get(page.name, ""), namespace)
-    for line, code in blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    try:
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    finally:
+        torch.set_default_dtype(torch.float32)  # a page may choose float64
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
@@ -42,4 +45,4 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_pages_have_examples():
-    assert {page.name for page in PAGES if blocks(page)} >= {"README.md", "index.md", "rules.md", "estimators.md"}
+    assert {page.name for page in PAGES if blocks(page)} >= {"README.md", "index.md", "start.md", "rules.md", "estimators.md"}

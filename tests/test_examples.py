@@ -1,7 +1,9 @@
-"""Every example runs as a script, scaled down."""
+"""Every example runs as a script, scaled down; the notebook as it is."""
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,46 @@ EXAMPLES = {
     ),
     "lstm_weight_drop": (("--steps", "3", "--units", "16"), "a mask a sequence", ()),
 }
+
+
+NOTEBOOK = FOLDER / "first_steps.ipynb"
+
+
+def test_the_notebook_opens_without_edits_and_carries_no_results():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert not [line for cell in code for line in cell["source"] if line.lstrip().startswith(("%", "!"))]
+    targets = re.findall(r"\]\(([^)\s]+)\)", "".join(line for cell in cells for line in cell["source"] if cell not in code))
+    assert targets
+    assert all((FOLDER / target).exists() for target in targets)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """In a process of its own, cell after cell, as a kernel would."""
+    run = (
+        "import json, sys; scope = {'__name__': '__main__'}\n"
+        "for cell in json.load(open(sys.argv[1], encoding='utf-8'))['cells']:\n"
+        "    if cell['cell_type'] == 'code': exec(compile(''.join(cell['source']), cell['id'], 'exec'), scope)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    found = subprocess.run(
+        [sys.executable, "-c", run, str(NOTEBOOK)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert float(re.search(r"accuracy ([\d.]+)", found.stdout)[1]) > 0.9
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_example_is_run():

@@ -128,7 +128,7 @@ class Noise(ABC):
         return unit if self.std == 1.0 else unit * self.std
 
     def scale(self, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
-        """The magnitude of ΔW's scale at each entry, of the mean's shape: std, or std·|W̄| for relative noise."""
+        """The magnitude of ΔW's scale at each entry, of the mean's shape: std, or ``std·|W̄|`` for relative noise."""
         one = torch.ones((), dtype=mean.dtype, device=mean.device)
         return self.perturbation(one, mean, log_std).abs().expand(mean.shape)
 

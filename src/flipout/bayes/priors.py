@@ -57,7 +57,7 @@ class ScaleMixture(Distribution):
 
 
 class LogUniform(Distribution):
-    """p(w) ∝ 1/|w|: every order of magnitude is as likely as any other (variational dropout, Kingma et al. 2015).
+    """``p(w) ∝ 1/|w|``: every order of magnitude is as likely as any other (variational dropout, Kingma et al. 2015).
 
     The prior is improper. Its constant is chosen such that the KL of N(μ, σ²) is 0 where nothing is known of the weight
     (σ²/μ² → ∞), as Molchanov et al. (2017) have it; their approximation is not needed:

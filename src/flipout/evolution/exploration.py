@@ -103,7 +103,7 @@ class ParameterNoise:
         """Brings σ a step nearer to the target distance, from a batch of ``k * envs`` rows; draws new weights if σ changes.
 
         Args:
-            *args, **kwargs: for the policy.
+            args, kwargs: for the policy.
             distance: of the noisy from the clean output; by default the root of the mean squared difference. For a DQN, Plappert et
                 al. take the KL divergence between the softmaxes of the values.
 

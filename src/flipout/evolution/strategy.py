@@ -45,9 +45,9 @@ class EvolutionStrategy:
     ascends the fitness. All noise is a function of (seed, generation, base, parameter, member): the same in any chunks, on any
     machine, and for any single member (:meth:`member`).
 
-    The base perturbation is a Rademacher one, |ΔW| = σ, by default: all members share it, and the update is unbiased over it. One
-    *Gaussian* base weighs entries by its own squares, and turns the update away from the gradient: its cosine to it stays below
-    1/√3 however large the population. ``members_per_base`` draws several; the paper has 40 members to a base.
+    The base perturbation is a Rademacher one, ``|ΔW| = σ``, by default: all members share it, and the update is unbiased over it.
+    One *Gaussian* base weighs entries by its own squares, and turns the update away from the gradient: its cosine to it stays
+    below 1/√3 however large the population. ``members_per_base`` draws several; the paper has 40 members to a base.
 
     Args:
         module: any module that the library perturbs. Its trained parameters are perturbed, biases and norms included; those that do

@@ -69,7 +69,7 @@ class EstimatorVariance:
         """The names in each group.
 
         Raises:
-            ArgumentError: for another grouping than :data:`GROUPINGS` has.
+            ArgumentError: for another grouping than ``"parameter"``, ``"module"`` and ``"total"``.
         """
         require_grouping(by)
         found: dict[str, list[str]] = {}
