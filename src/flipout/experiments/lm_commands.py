@@ -21,6 +21,7 @@ def lm(
     ] = None,
     units: Annotated[int, typer.Option(min=1, help="Of each LSTM layer.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="At most so many passes over the text.")] = 20,
+    learning_rate: Annotated[float | None, typer.Option(help="By default 0.004 by characters, 20 by words.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/lm-TEXT.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Of the model and every draw.")] = 0,
@@ -33,10 +34,13 @@ def lm(
     evaluate: Annotated[Path | None, typer.Option(help="Another text, to tell how well the model predicts it.")] = None,
 ) -> None:
     """Train a language model with random weights on a text of your own, see how well it predicts, and let it write."""
+    from flipout.experiments.language.text import read_text
     from flipout.experiments.lm import lm_settings, run_lm
 
     console = Console()
-    settings = lm_settings(text, level, method, units, epochs, seed, device)
+    if evaluate is not None:
+        read_text(evaluate)  # before minutes of training
+    settings = lm_settings(text, level, method, units, epochs, seed, device, learning_rate)
     folder = Path("runs") / f"lm-{text.stem}" if out is None else out
     console.print(f"\n[bold]flipout lm[/bold]: {settings.method}, {level} by {level}", highlight=False)
     try:
@@ -56,5 +60,8 @@ def lm(
         for name, value in model.evaluate(evaluate).items():
             console.print(f"{evaluate}: {name} {value:,}", highlight=False, soft_wrap=True, markup=False)
     if sample:
+        if unknown := model.unknown(prompt):
+            told = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            console.print(f"the prompt has what the text has not: {told}", highlight=False, soft_wrap=True, markup=False)
         console.print(f"\n{model.sample(sample, prompt, temperature, seed)}\n", highlight=False, soft_wrap=True, markup=False)
     console.print(f"saved {folder / 'result.json'}", highlight=False, soft_wrap=True, markup=False)
