@@ -53,7 +53,8 @@ def lm(
     console.print(f"data: {found['data']}", highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"{found['unit']}: {found['train']:.4g} in training, under noise; {found['valid']:.4g} to validate, {found['test']:.4g} to "
-        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}",
+        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}; who knew how often each {level} comes, "
+        f"and nothing else, would be at {found['test_by_frequency']:.4g}",
         highlight=False,
     )
     if evaluate is not None:
@@ -63,5 +64,6 @@ def lm(
         if unknown := model.unknown(prompt):
             told = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             console.print(f"the prompt has what the text has not: {told}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"the model writes {sample:,} {level}s at temperature {temperature:g}:", highlight=False)
         console.print(f"\n{model.sample(sample, prompt, temperature, seed)}\n", highlight=False, soft_wrap=True, markup=False)
     console.print(f"saved {folder / 'result.json'}", highlight=False, soft_wrap=True, markup=False)
