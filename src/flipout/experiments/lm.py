@@ -71,7 +71,7 @@ def lm_settings(
         units: of each LSTM layer.
         epochs: at most so many passes.
         seed, device: as everywhere.
-        learning_rate: None takes 0.004 for characters (AMSGrad) and 20 for words (SGD).
+        learning_rate: None takes 0.008 for characters (AMSGrad) and 20 for words (SGD).
 
     Raises:
         ArgumentError: for a text that cannot be read, is shorter than a window, or has no token twice; for another level or
@@ -82,7 +82,7 @@ def lm_settings(
     choose(method, METHODS[level], f"{level}: method")
     if units < 1 or epochs < 1:
         raise ArgumentError(f"{units} units, {epochs} epochs: expected 1 or more of each")
-    rate = {"char": 0.004, "word": 20.0}[level] if learning_rate is None else learning_rate
+    rate = {"char": 0.008, "word": 20.0}[level] if learning_rate is None else learning_rate
     if not 0 < rate < math.inf:
         raise ArgumentError(f"learning_rate={learning_rate}: expected a number above 0")
     window = 50 if level == "char" else 35

@@ -21,7 +21,7 @@ def lm(
     ] = None,
     units: Annotated[int, typer.Option(min=1, help="Of each LSTM layer.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="At most so many passes over the text.")] = 20,
-    learning_rate: Annotated[float | None, typer.Option(help="By default 0.004 by characters, 20 by words.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="By default 0.008 by characters, 20 by words.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/lm-TEXT.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Of the model and every draw.")] = 0,

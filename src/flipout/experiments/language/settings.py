@@ -117,7 +117,7 @@ _PRESETS: Mapping[str, Mapping[str, RegularizationSettings]] = {
         ),
         "laptop": replace(
             _TRANSFORMER, model=ModelSettings("transformer", 96, 2, 4), train_tokens=60_000, **_LAPTOP,
-            training=replace(_SMALL_CHAR, epochs=40, learning_rate=0.002, watched=20_000),
+            training=replace(_SMALL_CHAR, epochs=20, learning_rate=0.002, watched=20_000),
         ),
         "paper": _TRANSFORMER,
     },
