@@ -231,6 +231,8 @@ def regularization(folders: list[Path]) -> tuple[str, str]:
         lines.append([name, *published, precise(valid[name]), precise(test[name]), f"{best[name].value:.0f}", watched, sampled])
     header = ["method", "paper, valid", "paper, test", "valid", "test", "best epoch", "watched", "watched, samples"]
     parts = [grid(header, lines)]
+    if missing := [name for name in METHODS[level] if name not in rows]:
+        parts.append(f"Not run at this size: {', '.join(missing)}.")
     parts += told_apart(pairs(merged))
     sentences = [variance_sentence(name, found) for result in results for name, found in result["variance"].items()]
     parts += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]

@@ -99,6 +99,7 @@ def test_runs_of_one_method_each_make_one_table_of_the_page_of_results(page, tmp
     page.main([str(folder) for folder in folders])
     text = (tmp_path / "page.md").read_text()
     assert re.search(r"\| none \| 1\.468 \| 1\.423 \| .*\n\| gaussian-flipout \| 1\.256 \| 1\.227 \|", text)
+    assert "Not run at this size: semeniuta, zoneout, gal, gaussian." in text
     assert re.search(r"Not told apart at this size:\n\n- (none and gaussian-flipout|gaussian-flipout and none) are not", text)
     assert "Variance of the gradient at gaussian-flipout's weights, N = 4, 8 draws each: shared" in text
     assert (tmp_path / "docs" / "figures" / "regularization-char.png").exists()

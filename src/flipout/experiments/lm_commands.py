@@ -53,8 +53,8 @@ def lm(
     console.print(f"data: {found['data']}", highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"{found['unit']}: {found['train']:.4g} in training, under noise; {found['valid']:.4g} to validate, {found['test']:.4g} to "
-        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}; who knew how often each {level} comes, "
-        f"and nothing else, would be at {found['test_by_frequency']:.4g}",
+        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}; to test, the frequencies of the {level}s "
+        f"alone give {found['test_by_frequency']:.4g}",
         highlight=False,
     )
     if evaluate is not None:
