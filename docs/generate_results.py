@@ -17,7 +17,7 @@ from flipout.experiments.components import limit
 from flipout.experiments.console import interval
 from flipout.experiments.language.figures import draw_histories
 from flipout.experiments.language.settings import METHODS, PAPER
-from flipout.experiments.language.tables import estimates, gains
+from flipout.experiments.language.tables import Pair, estimates, pairs, variance_sentence
 from flipout.experiments.variance import from_json
 from flipout.files import read_json
 from flipout.variance import VarianceCurve
@@ -44,9 +44,15 @@ def machine(environment: dict[str, Any]) -> str:
     return f"{environment['processors']} processors, {threads} thread{'s' * (threads > 1)}, torch {environment['torch']}"
 
 
+def source(result: dict[str, Any]) -> str:
+    """The data, without the name of a folder of this machine."""
+    folder = result["settings"].get("subject", result["settings"])["data_dir"]
+    return str(result["data"]).replace(f"; {folder}", ", from --data-dir")
+
+
 def about(result: dict[str, Any], environment: dict[str, Any]) -> str:
     settings = result["settings"].get("subject", result["settings"])
-    facts = [result["data"].replace(f"; {settings['data_dir']}", ", from --data-dir")]
+    facts = [source(result)]
     if "parameters" in result:
         facts.append(f"{result['parameters']:,} parameters")
     if "pretraining" in result:
@@ -210,7 +216,7 @@ def regularization(folders: list[Path]) -> tuple[str, str]:
     """The section of a level, from runs of one method each or of all: they must agree in everything else."""
     results = [read_json(folder / "result.json") for folder in folders]
     environments = [read_json(folder / "environment.json") for folder in folders]
-    settings = [{**result["settings"], "methods": None} for result in results]
+    settings = [{**result["settings"], "methods": None, "draws": None} for result in results]  # each variance tells its draws
     level = settings[0]["level"]
     if any(each != settings[0] for each in settings):
         sys.exit(f"{', '.join(map(str, folders))}: runs of {level} with other settings cannot stand in one table")
@@ -226,13 +232,11 @@ def regularization(folders: list[Path]) -> tuple[str, str]:
         lines.append([name, *published, *seen, f"{best[name].value:.0f}", watched, sampled])
     header = ["method", "paper, valid", "paper, test", "valid", "test", "best epoch", "watched", "watched, samples"]
     parts = [grid(header, lines)]
-    parts += [f"{better} is lower than {worse} by {interval(gain, digits=4)}." for (worse, better), gain in gains(merged).items()]
-    for name, found in ((name, found) for result in results for name, found in result["variance"].items()):
-        shared, flipped, over = (interval(from_json(found[key])) for key in ("shared", "flipout", "shared / flipout"))
-        parts.append(
-            f"Variance of the gradient at {name}'s weights, N = {found['batch_size']}, {found['draws']} draws each: "
-            f"shared {shared}, flipout {flipped}, ratio {over}."
-        )
+    if missing := [name for name in METHODS[level] if name not in rows]:
+        parts.append(f"Not run at this size: {', '.join(missing)}.")
+    parts += told_apart(pairs(merged))
+    sentences = [variance_sentence(name, found) for result in results for name, found in result["variance"].items()]
+    parts += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
     figure = f"regularization-{level}.png"
     drawn = draw_histories({name: row["watched"] for name, row in merged["rows"].items()}, merged["unit"])
     drawn.savefig(ROOT / "docs" / "figures" / figure)
@@ -240,12 +244,23 @@ def regularization(folders: list[Path]) -> tuple[str, str]:
     seconds = [f"{'+'.join(result['rows'])} {sum(result['seconds'].values()) / 60:.1f} min" for result in results]
     threads = {environment["threads"] for environment in environments}
     parts.append(
-        f"*{merged['data']}; the first {merged['trained_on']:,} tokens to train on; {merged['parameters']:,} parameters; preset "
+        f"*{source(merged)}; the first {merged['trained_on']:,} tokens to train on; {merged['parameters']:,} parameters; preset "
         f"{merged['preset']}, {settings[0]['seeds']} seeds from {settings[0]['seed']}; wall time {', '.join(seconds)}; "
         f"{environments[0]['processors']} processors, {'/'.join(map(str, sorted(threads)))} threads a run, torch "
         f"{environments[0]['torch']}; begun {min(environment['started'] for environment in environments)}*"
     )
     return f"regularization-{level}", "\n\n".join(parts)
+
+
+def told_apart(found: list[Pair]) -> list[str]:
+    """A sentence a pair, under what they have in common."""
+    kinds = {
+        "Told apart, in the paper's order": [pair for pair in found if pair.told_apart and (pair.paper or 0) > 0],
+        "Told apart, against the paper's order": [pair for pair in found if pair.told_apart and (pair.paper or 0) < 0],
+        "Told apart": [pair for pair in found if pair.told_apart and not pair.paper],
+        "Not told apart at this size": [pair for pair in found if not pair.told_apart],
+    }
+    return [f"{kind}:\n\n" + "\n".join(f"- {pair};" for pair in each)[:-1] + "." for kind, each in kinds.items() if each]
 
 
 def sections(folders: list[Path]) -> list[tuple[str, str]]:

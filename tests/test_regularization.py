@@ -1,9 +1,9 @@
-"""Tables 2 and 3 and ``flipout lm`` at their smallest: every method, the tables printed, wrong input. Faults are in ``faults/``."""
+"""Tables 2 and 3 at their smallest: every method, the tables printed, wrong input. Faults are in ``faults/``."""
 
 import importlib.util
-import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from flipout.errors import ArgumentError
 from flipout.experiments import reproduce
 from flipout.experiments.commands import app
 from flipout.experiments.language.settings import METHODS, PAPER, RegularizationSettings, unit
-from flipout.experiments.language.tables import claims, estimates, gains
-from flipout.experiments.lm import lm_settings, run_lm
+from flipout.experiments.language.tables import Pair, claims, estimates, gains, pairs, variance_sentence
+from flipout.experiments.lm import lm_settings
 from flipout.experiments.variance import from_json
+from flipout.moments import Estimate
 
 HERE = Path(__file__).parent
 ENTRY = reproduce.find_entry("regularization")
@@ -71,10 +72,16 @@ def test_claims_of_the_paper_stand_beside_what_was_seen(results, level):
     assert all("reproduced" in claim.verdict or claim.verdict == "cannot tell" for claim in found)
 
 
-def test_runs_of_one_method_each_make_one_table_of_the_page_of_results(results, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def page():
+    """docs/generate_results.py."""
     specification = importlib.util.spec_from_file_location("generate_results", HERE.parent / "docs" / "generate_results.py")
-    page = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(page)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_runs_of_one_method_each_make_one_table_of_the_page_of_results(page, tmp_path, monkeypatch):
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     (tmp_path / "page.md").write_text("<!-- regularization-char: begin -->\nold\n<!-- regularization-char: end -->\n")
     monkeypatch.setattr(page, "ROOT", tmp_path)
@@ -85,12 +92,69 @@ def test_runs_of_one_method_each_make_one_table_of_the_page_of_results(results, 
     page.main([str(folder) for folder in folders])
     text = (tmp_path / "page.md").read_text()
     assert re.search(r"\| none \| 1\.468 \| 1\.423 \| .*\n\| gaussian-flipout \| 1\.256 \| 1\.227 \|", text)
-    assert "gaussian-flipout is lower than none by" in text
-    assert "Variance of the gradient at gaussian-flipout's weights, N = 4" in text
+    assert "Not run at this size: semeniuta, zoneout, gal, gaussian." in text
+    assert re.search(r"Not told apart at this size:\n\n- (none and gaussian-flipout|gaussian-flipout and none) are not", text)
+    assert "Variance of the gradient at gaussian-flipout's weights, N = 4, 8 draws each: shared" in text
     assert (tmp_path / "docs" / "figures" / "regularization-char.png").exists()
     reproduce.run_experiment(ENTRY, "smoke", tmp_path / "other", level="char", method="gal", seed=5)
     with pytest.raises(SystemExit, match="with other settings"):
         page.main([str(folders[0]), str(tmp_path / "other")])
+
+
+def test_the_page_names_no_folder_of_this_machine(page):
+    result = {"settings": {"data_dir": "/here/data"}, "data": "penn_treebank: 9 words; /here/data; the 5 most frequent words"}
+    assert page.source(result) == "penn_treebank: 9 words, from --data-dir; the 5 most frequent words"
+
+
+def test_pairs_stand_under_what_they_have_in_common(page):
+    found = [
+        Pair("wd", "none", estimate(9.9, 5.0), 53.41), Pair("gal", "zoneout", estimate(2.0, 1.0), -0.42),
+        Pair("a", "b", estimate(2.0, 1.0), None), Pair("gal", "wd", estimate(0.5, 1.0), 0.58),
+    ]  # fmt: skip
+    parts = page.told_apart(found)
+    assert [part.split(":")[0] for part in parts] == [
+        "Told apart, in the paper's order", "Told apart, against the paper's order", "Told apart", "Not told apart at this size",
+    ]  # fmt: skip
+    assert parts[1].endswith("- gal is lower than zoneout by 2.0 [1.0, 3.0] (paper: higher by 0.42).")
+    assert page.told_apart([]) == []
+
+
+def estimate(value, half, degrees=4):
+    return Estimate(value, value - half, value + half, half / 2, degrees)
+
+
+@pytest.mark.parametrize("level", METHODS)
+def test_every_two_methods_are_compared_and_said_to_be_alike_where_their_interval_holds_zero(results, level):
+    result = results[level][0]
+    found, means = pairs(result), estimates(result, "valid")
+    assert {frozenset((pair.lower, pair.higher)) for pair in found} == {frozenset(two) for two in combinations(METHODS[level], 2)}
+    for pair in found:
+        assert means[pair.lower].value <= means[pair.higher].value
+        assert pair.by.value == pytest.approx(means[pair.higher].value - means[pair.lower].value)
+        assert ("not told apart" in str(pair)) is (0 in pair.by) is not pair.told_apart
+        if level != "transformer":
+            assert pair.paper == round(PAPER[level][pair.higher][0] - PAPER[level][pair.lower][0], 3)
+        else:
+            assert pair.paper is None
+    assert [pair.told_apart for pair in found] == sorted((pair.told_apart for pair in found), reverse=True)
+
+
+def test_a_sentence_of_a_pair_has_both_numbers():
+    assert str(Pair("wd", "none", estimate(9.949, 5.161), 53.41)) == "wd is lower than none by 9.9 [4.8, 15.1] (paper: by 53.41)"
+    told = "gal and zoneout are not told apart: gal is lower by 0.0012 [-0.0018, 0.0042] (paper: higher by 0.029)"
+    assert str(Pair("gal", "zoneout", estimate(0.0012, 0.003), -0.029)) == told
+    assert str(Pair("wd", "none", estimate(0.5, 0.1), None)) == "wd is lower than none by 0.50 [0.40, 0.60]"
+
+
+@pytest.mark.parametrize(
+    ("half", "ratio", "told"),
+    [(0.02, 1.06, "lower under flipout"), (0.02, 0.9, "higher under flipout"), (0.02, 1.015, "not told apart")],
+)
+def test_a_variance_that_flipout_does_not_lower_is_said_so(half, ratio, told):
+    found = {"shared": estimate(0.2, 0.01), "flipout": estimate(0.1, 0.01), "shared / flipout": estimate(ratio, half)}
+    sentence = variance_sentence("wd", {"batch_size": 20, "draws": 1000, **{key: value.as_dict() for key, value in found.items()}})
+    assert sentence.endswith(told)
+    assert "N = 20, 1,000 draws each: shared 0.2 [0.19, 0.21]" in sentence
 
 
 def test_methods_that_differ_in_the_sharing_alone_meet_the_same_data_and_weights(results):
@@ -103,7 +167,7 @@ def test_the_paper_s_table_is_printed_beside_ours(tmp_path):
     arguments = ("reproduce", "regularization", "--level", "word", "--method", "wd-flipout", "--preset", "smoke")
     found = run(*arguments, "--out", str(tmp_path / "run"))
     assert found.exit_code == 0, found.output
-    for text in ("perplexity", "76.88", "73.2", "paper, valid", "by averaging samples", "variance of the gradient at wd-flipout"):
+    for text in ("perplexity", "76.88", "73.2", "paper, valid", "by averaging samples", "of the gradient at wd-flipout's weights"):
         assert text in found.output
     again = run(*arguments, "--out", str(tmp_path / "run"), "--resume")
     assert "nothing was left to do" in again.output
@@ -158,67 +222,6 @@ def text(tmp_path_factory):
 def small(text, **changes):
     settings = lm_settings(text, units=4, epochs=2)
     return replace(settings, training=replace(settings.training, batch=4, window=10, save_steps=4, **changes))
-
-
-def test_lm_trains_evaluates_and_writes(tmp_path, text):
-    other = tmp_path / "other.txt"
-    other.write_text("The lazy dog ate Ωμέγα.\n", encoding="utf-8")
-    arguments = ("lm", "--text", str(text), "--out", str(tmp_path / "run"), "--units", "4", "--epochs", "1")
-    short = run(*arguments)
-    assert "486 tokens do not fill 32 streams with a window of 50" in str(short.exception)
-    text = tmp_path / "longer.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
-    arguments = ("lm", "--text", str(text), "--out", str(tmp_path / "again"), "--units", "4", "--epochs", "1")
-    found = run(*arguments, "--prompt", "The ", "--sample", "30", "--evaluate", str(other))
-    assert found.exit_code == 0, found.output
-    for part in ("gaussian-flipout, char by char", "bits per character: ", "by the mean weights", "unknown 5", "\nThe "):
-        assert part in found.output
-    result = json.loads((tmp_path / "again" / "result.json").read_text())
-    assert result["epochs"] == 1
-    assert result["valid"] > 0
-    again = run(*arguments, "--resume", "--prompt", "The ", "--sample", "30")
-    assert found.output.split("\nThe ")[1][:30] == again.output.split("\nThe ")[1][:30]
-
-
-def test_lm_by_words(tmp_path):
-    path = tmp_path / "words.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog\n" * 100, encoding="utf-8")
-    model = run_lm(lm_settings(path, "word", units=4, epochs=1), tmp_path / "run")
-    assert model.result["unit"] == "perplexity"
-    assert set(model.vocabulary) == {"<unk>", "\n", *["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]}
-    drawn = model.sample(12, "the lazy", temperature=0.5)
-    assert drawn.startswith("the lazy ")
-    assert "<unk>" not in drawn
-    assert model.sample(12) == model.sample(12) != model.sample(12, seed=1)
-    unseen = tmp_path / "unseen.txt"
-    unseen.write_text("the slow fox\n", encoding="utf-8")
-    assert model.evaluate(unseen)["unknown"] == 1
-
-
-def test_lm_refuses_what_it_cannot_use(tmp_path, text):
-    with pytest.raises(ArgumentError, match="cannot be read"):
-        lm_settings(tmp_path / "none.txt")
-    with pytest.raises(ArgumentError, match="char: method 'wd' is unknown"):
-        lm_settings(text, method="wd")
-    with pytest.raises(ArgumentError, match="level 'line' is unknown"):
-        lm_settings(text, level="line")
-    with pytest.raises(ArgumentError, match="0 units"):
-        lm_settings(text, units=0)
-    run_lm(small(text), tmp_path / "run")
-    changed = tmp_path / "own.txt"
-    changed.write_text(text.read_text() + "more")
-    with pytest.raises(ArgumentError, match="another configuration"):
-        run_lm(replace(small(changed), text=text.resolve()), tmp_path / "run", resume=True)
-
-
-def test_an_interrupt_of_lm_tells_how_to_go_on(tmp_path, text, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("flipout.experiments.lm.run_lm", interrupted)
-    found = run("lm", "--text", str(text), "--out", str(tmp_path / "run"))
-    assert found.exit_code == 130
-    assert "the same command with --resume" in found.output
 
 
 def test_units_of_the_tables():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["LmSettings", "Model", "lm_settings", "run_lm"]
 
 #: The method of a level where none is asked for.
 _DEFAULTS = {"char": "gaussian-flipout", "word": "wd-flipout"}
+#: Streams of a long text that run side by side. A short one is cut into fewer, so that an epoch has about so many steps at least.
+_STREAMS, _STEPS = {"char": 32, "word": 20}, 20
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,47 @@ def lm_settings(
     epochs: int = 20,
     seed: int = 0,
     device: str = "cpu",
+    learning_rate: float | None = None,
 ) -> LmSettings:
-    """The settings for a text.
+    """The settings for a text; a short one is cut into fewer streams.
+
+    Args:
+        text: the file.
+        level: ``"char"`` or ``"word"``.
+        method: of the level's table; None takes the one with flipout.
+        units: of each LSTM layer.
+        epochs: at most so many passes.
+        seed, device: as everywhere.
+        learning_rate: None takes 0.008 for characters (AMSGrad) and 20 for words (SGD).
 
     Raises:
-        ArgumentError: for a text that cannot be read, another level or method, or no units or epochs.
+        ArgumentError: for a text that cannot be read, is shorter than a window, or has no token twice; for another level or
+            method; if units, epochs or the learning rate are not above 0.
     """
     choose(level, _DEFAULTS, "level")
     method = _DEFAULTS[level] if method is None else method
     choose(method, METHODS[level], f"{level}: method")
     if units < 1 or epochs < 1:
         raise ArgumentError(f"{units} units, {epochs} epochs: expected 1 or more of each")
+    rate = {"char": 0.008, "word": 20.0}[level] if learning_rate is None else learning_rate
+    if not 0 < rate < math.inf:
+        raise ArgumentError(f"learning_rate={learning_rate}: expected a number above 0")
+    window = 50 if level == "char" else 35
+    count = len(own_text(text, level).train)
+    if count <= window:
+        raise ArgumentError(
+            f"{text} has {count:,} {level}s to train on, nine tenths of all, and a window takes {window} and the one after them: "
+            "name a longer text"
+        )
+    streams = max(1, min(_STREAMS[level], count // (_STEPS * window)))
     if level == "char":
         model = ModelSettings("char", units)
-        training = TrainingSettings(epochs, 32, 50, "amsgrad", 0.004, clip=1.0, patience=5, evaluation_rows=8)
+        training = TrainingSettings(epochs, streams, window, "amsgrad", rate, clip=1.0, patience=5, evaluation_rows=8)
     else:
         model = ModelSettings("word", units, layers=2)
-        training = TrainingSettings(epochs, 20, 35, "sgd", 20.0, clip=0.25, patience=10, quarter_after=5, evaluation_rows=8)
+        training = TrainingSettings(
+            epochs, streams, window, "sgd", rate, clip=0.25, patience=10, quarter_after=5, evaluation_rows=8
+        )  # fmt: skip
     digest = hashlib.sha256(read_text(text).encode()).hexdigest()
     return LmSettings(text.resolve(), digest, level, method, model, training, seed, device)
 
@@ -91,6 +118,10 @@ class Model:
         self.net, self.vocabulary, self.result = net.eval(), vocabulary, result
         self._settings = settings
         self._device = next(net.module.parameters()).device
+
+    def unknown(self, text: str) -> list[str]:
+        """The different tokens of a text that the model does not know, in their order."""
+        return [token for token in dict.fromkeys(split_tokens(text, self._settings.level)) if token not in self.vocabulary]
 
     def sample(self, count: int, prompt: str = "", temperature: float = 1.0, seed: int = 0) -> str:
         """The prompt and ``count`` tokens drawn after it by the mean weights. An empty prompt is the end of a line.
@@ -175,6 +206,16 @@ def _train(
         "train": number(trained.train[trained.best - 1]),
         "valid": number(evaluate(net, text.valid, rows, window)),
         "test": number(evaluate(net, text.test, rows, window)),
+        "test_by_frequency": number(_by_frequency(text)),
         "best_epoch": trained.best,
         "epochs": len(trained.valid),
     }
+
+
+def _by_frequency(text: Text) -> float:
+    """Nats a token of the test split for one who knows how often training has each token, and nothing else.
+
+    Every count is one more than it is, so that nothing is impossible.
+    """
+    counts = torch.bincount(text.train, minlength=len(text.vocabulary)).double() + 1
+    return -float((counts / counts.sum()).log()[text.test[1:]].mean())

@@ -21,6 +21,7 @@ def lm(
     ] = None,
     units: Annotated[int, typer.Option(min=1, help="Units of each LSTM layer.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the text, at most.")] = 20,
+    learning_rate: Annotated[float | None, typer.Option(help="Step size; by default 0.008 by characters, 20 by words.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/lm-TEXT.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the model and every draw.")] = 0,
@@ -35,10 +36,13 @@ def lm(
     ] = None,
 ) -> None:
     """Train a language model with random weights on a text of your own, see how well it predicts, and let it write."""
+    from flipout.experiments.language.text import read_text
     from flipout.experiments.lm import lm_settings, run_lm
 
     console = Console()
-    settings = lm_settings(text, level, method, units, epochs, seed, device)
+    if evaluate is not None:
+        read_text(evaluate)  # before minutes of training
+    settings = lm_settings(text, level, method, units, epochs, seed, device, learning_rate)
     folder = Path("runs") / f"lm-{text.stem}" if out is None else out
     console.print(f"\n[bold]flipout lm[/bold]: {settings.method}, {level} by {level}", highlight=False)
     try:
@@ -51,12 +55,17 @@ def lm(
     console.print(f"data: {found['data']}", highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"{found['unit']}: {found['train']:.4g} in training, under noise; {found['valid']:.4g} to validate, {found['test']:.4g} to "
-        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}",
+        f"test, by the mean weights of epoch {found['best_epoch']} of {found['epochs']}; to test, the frequencies of the {level}s "
+        f"alone give {found['test_by_frequency']:.4g}",
         highlight=False,
     )
     if evaluate is not None:
         for name, value in model.evaluate(evaluate).items():
             console.print(f"{evaluate}: {name} {value:,}", highlight=False, soft_wrap=True, markup=False)
     if sample:
+        if unknown := model.unknown(prompt):
+            told = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            console.print(f"the prompt has what the text has not: {told}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"the model writes {sample:,} {level}s at temperature {temperature:g}:", highlight=False)
         console.print(f"\n{model.sample(sample, prompt, temperature, seed)}\n", highlight=False, soft_wrap=True, markup=False)
     console.print(f"saved {folder / 'result.json'}", highlight=False, soft_wrap=True, markup=False)

@@ -107,7 +107,7 @@ _PRESETS: Mapping[str, Mapping[str, RegularizationSettings]] = {
         "smoke": replace(_WORD, model=ModelSettings("word", 8, layers=2), training=replace(_SGD, **_FEW), vocabulary=50, **_SMOKE),
         "laptop": replace(
             _WORD, model=ModelSettings("word", 128, layers=2), training=_SMALL_WORD, train_tokens=60_000, vocabulary=2_000,
-            **_LAPTOP,
+            **{**_LAPTOP, "draws": 1_000},
         ),
         "paper": _WORD,
     },

@@ -119,12 +119,16 @@ def own_text(path: Path, level: str) -> Text:
         level: ``"char"`` or ``"word"``.
 
     Raises:
-        ArgumentError: as :func:`read_text`, or for another level.
+        ArgumentError: as :func:`read_text`; for another level; if training has no token twice, so that none would be known.
     """
     tokens = split_tokens(read_text(path), level)
     first, second = len(tokens) * 9 // 10, len(tokens) * 19 // 20
     parts = {"train": tokens[:first], "valid": tokens[first:second], "test": tokens[second:]}
     vocabulary = (UNKNOWN, *_frequent(parts["train"]))
+    if len(vocabulary) == 1:
+        raise ArgumentError(
+            f"{path} has no {level} twice in its first nine tenths, so there is nothing to learn: name a longer text"
+        )
     splits = {name: encode(part, vocabulary) for name, part in parts.items()}
     counts = " / ".join(f"{len(split):,}" for split in splits.values())
     unknown = sum(int((split == 0).sum()) for name, split in splits.items() if name != "train")
