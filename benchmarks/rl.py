@@ -1,0 +1,294 @@
+"""How does a policy learn in equal time, beside EvoTorch's PGPE? Curves over seeds, on one core; ``python -m benchmarks.rl``.
+
+It takes an hour (environments x seeds x two systems x the time given to each), so ``python -m benchmarks`` leaves it out. Runs
+are kept one by one in ``--runs``; a killed comparison goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.__main__ import PAGE, RESULTS, ROOT, insert
+from benchmarks.report import Row, Section, Target, _version, environment
+from flipout.evolution import EvolutionStrategy, Rollouts
+from flipout.experiments.figures import RC
+from flipout.experiments.train_es import make_policy
+from flipout.files import replace_file
+from flipout.moments import t_quantile
+
+#: Judgements of the mean policy along a curve, and episodes of each; episodes of the last one.
+MARKS, JUDGED, LAST = 24, 20, 100
+COLOURS = {"flipout": "#0072B2", "EvoTorch": "#D55E00"}
+PACKAGES = ("gymnasium", "evotorch", "mujoco", "box2d")
+
+
+@dataclass(frozen=True)
+class Game:
+    """An environment, and how each system is set for it.
+
+    Attributes:
+        env: a gymnasium id.
+        target: the mean return to reach.
+        hidden, population, std, learning_rate, episodes: of the library's policy and strategy; step and σ fall with the time
+            that is left, to a tenth and to a half.
+        network, popsize, max_speed, normalized: EvoTorch's, after its own scripts.
+    """
+
+    env: str
+    target: float
+    hidden: tuple[int, ...]
+    population: int
+    std: float
+    learning_rate: float
+    episodes: int
+    network: str
+    popsize: int
+    max_speed: float
+    normalized: bool
+
+
+GAMES = (
+    Game("LunarLander-v3", 200.0, (16,), 64, 0.1, 0.05, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
+    Game("Swimmer-v5", 200.0, (), 16, 0.1, 0.05, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
+)
+
+
+class Library:
+    """The library's strategy with Adam, centered ranks and antithetic pairs."""
+
+    def __init__(self, game: Game, seed: int, seconds: float) -> None:
+        self._rollouts = Rollouts(game.env, episodes=game.episodes, normalize=True)
+        self._policy = make_policy(self._rollouts, game.hidden, seed)
+        self._left = 1.0
+        self._es = EvolutionStrategy(
+            self._policy, lambda _: game.std * (1 + self._left) / 2, game.population, seed=seed, chunk=game.population
+        )
+        self._optimiser = torch.optim.Adam(self._policy.parameters(), lr=game.learning_rate)
+        self._rate = game.learning_rate
+
+    def step(self, left: float) -> None:
+        """One generation; ``left`` is the share of the time that is left."""
+        self._left = left
+        self._optimiser.param_groups[0]["lr"] = self._rate * (0.1 + 0.9 * left)
+        self._es.step(self._rollouts)
+        self._optimiser.step()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the environments so far."""
+        return self._rollouts.steps
+
+    def returns(self, episodes: int) -> Tensor:
+        """Returns of the mean policy."""
+        steps = self._rollouts.steps
+        self._rollouts.begin(self._es.generation)
+        found = self._rollouts.returns(self._policy, episodes)
+        self._rollouts.steps = steps
+        return found
+
+
+class EvoTorch:
+    """EvoTorch's PGPE with ClipUp on its vectorised gymnasium problem; settings after its examples/scripts/rl_clipup.py."""
+
+    def __init__(self, game: Game, seed: int, seconds: float) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from evotorch.algorithms import PGPE
+            from evotorch.neuroevolution import VecGymNE
+
+        self._problem = VecGymNE(
+            f"gym::{game.env}", game.network, observation_normalization=game.normalized, num_actors=0, seed=seed
+        )
+        self._search = PGPE(
+            self._problem, popsize=game.popsize, radius_init=15 * game.max_speed, center_learning_rate=0.75 * game.max_speed,
+            stdev_learning_rate=0.1, optimizer="clipup", optimizer_config={"max_speed": game.max_speed, "momentum": 0.9},
+        )  # fmt: skip
+        self._judge = Rollouts(game.env, action=None if game.env.startswith("Lunar") else _clipped)
+
+    def step(self, left: float) -> None:
+        self._search.step()
+
+    @property
+    def steps(self) -> int:
+        return int(self._problem.status.get("total_interaction_count", 0))
+
+    def returns(self, episodes: int) -> Tensor:
+        policy = self._problem.to_policy(self._search.status["center"])
+        return self._judge.returns(policy, episodes)
+
+
+def _clipped(output: Tensor) -> Any:
+    return output.clamp(-1, 1).numpy()
+
+
+SYSTEMS: Mapping[str, Callable[[Game, int, float], Any]] = {"flipout": Library, "EvoTorch": EvoTorch}
+
+
+def train(system: str, game: Game, seed: int, seconds: float) -> dict[str, Any]:
+    """Trains for so many processor seconds; judging is not counted.
+
+    Returns:
+        ``curve``: wall and processor seconds, generations, environment steps and the mean return of the mean policy, at
+        :data:`MARKS` marks; ``returns`` of the last policy.
+    """
+    torch.manual_seed(seed)
+    learner = SYSTEMS[system](game, seed, seconds)
+    spent = wall = 0.0
+    generations = 0
+    curve: list[dict[str, float]] = []
+    while spent < seconds:
+        began, start = time.perf_counter(), time.process_time()
+        learner.step(max(1 - spent / seconds, 0.0))
+        spent += time.process_time() - start
+        wall += time.perf_counter() - began
+        generations += 1
+        if spent >= seconds * (len(curve) + 1) / MARKS:
+            found = float(learner.returns(JUDGED).mean())
+            curve.append({"wall": wall, "processor": spent, "generations": generations, "steps": learner.steps, "return": found})
+            print(
+                f"{game.env} {system} seed {seed}: {spent:4.0f} s, {generations} generations, return {found:.0f}", file=sys.stderr
+            )
+    returns = learner.returns(LAST)
+    return {
+        "system": system, "env": game.env, "seed": seed, "settings": asdict(game), "curve": curve,
+        "mean": float(returns.mean()), "error": float(returns.std()) / LAST**0.5,
+    }  # fmt: skip
+
+
+def interpolated(runs: Sequence[Mapping[str, Any]], clock: str, grid: Any) -> Any:
+    """Returns ``[runs, len(grid)]`` at seconds of a clock."""
+    return np.array([np.interp(grid, [p[clock] for p in r["curve"]], [p["return"] for p in r["curve"]]) for r in runs])
+
+
+def draw(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: float) -> Figure:
+    """Mean return of the mean policy against processor seconds: a line a system, every seed faintly, the range as a band."""
+    with rc_context(RC):
+        figure = Figure(figsize=(4.6 * len(games), 3.6), layout="constrained")
+        for axes, game in zip(np.atleast_1d(figure.subplots(1, len(games))), games, strict=True):
+            for system, colour in COLOURS.items():
+                own = [run for run in runs if run["env"] == game.env and run["system"] == system]
+                if not own:
+                    continue
+                grid = np.linspace(max(r["curve"][0]["processor"] for r in own), seconds, 100)
+                found = interpolated(own, "processor", grid)
+                axes.plot(grid, found.T, color=colour, alpha=0.35, linewidth=0.8)
+                axes.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.12, linewidth=0)
+                axes.plot(grid, found.mean(0), color=colour, linewidth=2, label=system)
+            axes.axhline(game.target, color="0.6", linewidth=0.8, linestyle=(0, (4, 2)))
+            axes.set_title(game.env)
+            axes.set_xlabel("processor seconds of training, one core")
+            axes.grid(color="0.92", linewidth=0.8)
+        figure.axes[0].set_ylabel(f"return of the mean policy ({JUDGED} episodes)")
+        figure.axes[0].legend(frameon=False)
+        return figure
+
+
+def first_above(run: Mapping[str, Any], target: float) -> float | None:
+    """Processor seconds until the mean policy is first judged at the target or above."""
+    return next((point["processor"] for point in run["curve"] if point["return"] >= target), None)
+
+
+def interval(values: Sequence[float]) -> str:
+    """A mean with its 90 % t-interval."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.0f}"
+    half = t_quantile(0.9, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.0f} [{mean - half:.0f}, {mean + half:.0f}]"
+
+
+def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: float, where: Mapping[str, Any]) -> Section:
+    """The table, the targets and the figure of runs."""
+    section = Section("rl", "Reinforcement learning in equal time", text_of(games, seconds), environment=dict(where))
+    for game in games:
+        for system in SYSTEMS:
+            own = [run for run in runs if run["env"] == game.env and run["system"] == system]
+            if not own:
+                continue
+            last = [run["curve"][-1] for run in own]
+            above = [first_above(run, game.target) for run in own]
+            means = [run["mean"] for run in own]
+            cells = {
+                "system": system,
+                f"mean return, {LAST} episodes, by seed": ", ".join(f"{run['mean']:.0f} ± {run['error']:.0f}" for run in own),
+                "over seeds": interval(means),
+                f"s to {game.target:g}": ", ".join("-" if s is None else f"{s:.0f}" for s in above),
+                "generations": ", ".join(f"{p['generations']}" for p in last),
+                "million steps": ", ".join(f"{p['steps'] / 1e6:.2f}" for p in last),
+                "wall, s": ", ".join(f"{p['wall']:.0f}" for p in last),
+            }
+            section.rows.append(Row(game.env, {k if k[:4] != "s to" else "s to the target": v for k, v in cells.items()}))
+            if system == "flipout":
+                what = f"{game.env}, least mean return of {len(own)} seeds"
+                section.targets.append(Target(what, min(means), game.target, at_least=True))
+    return section
+
+
+def text_of(games: Sequence[Game], seconds: float) -> str:
+    settings = "; ".join(
+        f"{g.env}: {'a linear policy' if not g.hidden else f'{g.hidden[0]} tanh units'}, {g.population} members, σ {g.std:g}, Adam "
+        f"{g.learning_rate:g}, against {g.network}, {g.popsize} solutions, max_speed {g.max_speed:g}, observations "
+        f"{'normalised' if g.normalized else 'as they are'}"
+        for g in games
+    )
+    return f"""Each system trains a policy for {seconds:.0f} processor seconds on one core (the time in which it is judged is not
+counted). *flipout* is the library's strategy with Adam, centered ranks, normalised observations, σ falling to a half and the step
+to a tenth over that time. *EvoTorch* is its PGPE with ClipUp on its vectorised gymnasium problem; initial radius 15 and step 0.75
+times `max_speed`, as in its `rl_clipup.py`, with the settings given there for LunarLander(Continuous) and Walker2d. {settings}.
+
+![Return against processor seconds, mean, range and every seed](figures/rl.png)"""
+
+
+def versions() -> dict[str, Any]:
+    """The machine, and the packages that environments come from."""
+    return {**environment(), **{name: _version(name) for name in PACKAGES}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=240.0, help="processor seconds of training, each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--envs", nargs="*", default=[game.env for game in GAMES])
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "rl", help="where each run is kept")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    games = [game for game in GAMES if game.env in chosen.envs]
+    chosen.runs.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in range(chosen.seeds):
+        for game in games:
+            for system in chosen.systems:
+                path = chosen.runs / f"{game.env}-{system}-{seed}-{chosen.seconds:.0f}s.json"
+                if not path.exists():
+                    found = {**train(system, game, seed, chosen.seconds), "environment": versions()}
+                    replace_file(path, json.dumps(found, indent=1).encode())
+                run = json.loads(path.read_text(encoding="utf-8"))
+                if run["settings"] != json.loads(json.dumps(asdict(game))):
+                    sys.exit(f"{path} was run with other settings; move it away to run it anew")
+                runs.append(run)
+    section = summary(runs, games, chosen.seconds, runs[0]["environment"])
+    draw(runs, games, chosen.seconds).savefig(ROOT / "docs" / "figures" / "rl.png", dpi=150)
+    written = json.dumps({**section.json(), "runs": runs}, indent=1, ensure_ascii=False)
+    (RESULTS / "rl.json").write_text(written + "\n", encoding="utf-8")
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), section), encoding="utf-8")
+    print(section.markdown())
+
+
+if __name__ == "__main__":
+    main()
