@@ -18,7 +18,7 @@ lint: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/pip install --quiet --no-deps bayesian-torch==0.5.0
-	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1
+	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1 evosax==0.3.2
 	$(BIN)/python -m benchmarks
 
 $(VENV)/.ready-%: pyproject.toml constraints.txt
