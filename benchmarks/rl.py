@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from flipout.experiments.train_es import make_policy
 from flipout.files import replace_file
 from flipout.moments import t_quantile
 
-#: Judgements of the mean policy along a curve, and episodes of each; episodes of the last one.
-MARKS, JUDGED, LAST = 24, 20, 100
+#: Judgements of the mean policy along a curve; episodes of the last one.
+MARKS, LAST = 12, 100
 COLOURS = {"flipout": "#0072B2", "EvoTorch": "#D55E00"}
 PACKAGES = ("gymnasium", "evotorch", "mujoco", "box2d")
 
@@ -44,6 +44,8 @@ class Game:
     Attributes:
         env: a gymnasium id.
         target: the mean return to reach.
+        seconds: processor seconds of training.
+        judged: episodes of a judgement along the curve.
         hidden, population, std, learning_rate, episodes: of the library's policy and strategy; step and σ fall with the time
             that is left, to a tenth and to a half.
         network, popsize, max_speed, normalized: EvoTorch's, after its own scripts.
@@ -51,6 +53,8 @@ class Game:
 
     env: str
     target: float
+    seconds: float
+    judged: int
     hidden: tuple[int, ...]
     population: int
     std: float
@@ -63,15 +67,15 @@ class Game:
 
 
 GAMES = (
-    Game("LunarLander-v3", 200.0, (16,), 64, 0.1, 0.05, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
-    Game("Swimmer-v5", 200.0, (), 16, 0.1, 0.05, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
+    Game("LunarLander-v3", 200.0, 180.0, 20, (16,), 32, 0.1, 0.05, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
+    Game("Swimmer-v5", 200.0, 100.0, 5, (), 16, 0.1, 0.05, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
 )
 
 
 class Library:
     """The library's strategy with Adam, centered ranks and antithetic pairs."""
 
-    def __init__(self, game: Game, seed: int, seconds: float) -> None:
+    def __init__(self, game: Game, seed: int) -> None:
         self._rollouts = Rollouts(game.env, episodes=game.episodes, normalize=True)
         self._policy = make_policy(self._rollouts, game.hidden, seed)
         self._left = 1.0
@@ -105,14 +109,14 @@ class Library:
 class EvoTorch:
     """EvoTorch's PGPE with ClipUp on its vectorised gymnasium problem; settings after its examples/scripts/rl_clipup.py."""
 
-    def __init__(self, game: Game, seed: int, seconds: float) -> None:
+    def __init__(self, game: Game, seed: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from evotorch.algorithms import PGPE
             from evotorch.neuroevolution import VecGymNE
 
         self._problem = VecGymNE(
-            f"gym::{game.env}", game.network, observation_normalization=game.normalized, num_actors=0, seed=seed
+            f"gym::{game.env}", game.network, observation_normalization=game.normalized, num_actors=0
         )
         self._search = PGPE(
             self._problem, popsize=game.popsize, radius_init=15 * game.max_speed, center_learning_rate=0.75 * game.max_speed,
@@ -136,18 +140,18 @@ def _clipped(output: Tensor) -> Any:
     return output.clamp(-1, 1).numpy()
 
 
-SYSTEMS: Mapping[str, Callable[[Game, int, float], Any]] = {"flipout": Library, "EvoTorch": EvoTorch}
+SYSTEMS: Mapping[str, Callable[[Game, int], Any]] = {"flipout": Library, "EvoTorch": EvoTorch}
 
 
-def train(system: str, game: Game, seed: int, seconds: float) -> dict[str, Any]:
-    """Trains for so many processor seconds; judging is not counted.
+def train(system: str, game: Game, seed: int) -> dict[str, Any]:
+    """Trains for the game's processor seconds; judging is not counted.
 
     Returns:
         ``curve``: wall and processor seconds, generations, environment steps and the mean return of the mean policy, at
         :data:`MARKS` marks; ``returns`` of the last policy.
     """
     torch.manual_seed(seed)
-    learner = SYSTEMS[system](game, seed, seconds)
+    learner, seconds = SYSTEMS[system](game, seed), game.seconds
     spent = wall = 0.0
     generations = 0
     curve: list[dict[str, float]] = []
@@ -158,7 +162,7 @@ def train(system: str, game: Game, seed: int, seconds: float) -> dict[str, Any]:
         wall += time.perf_counter() - began
         generations += 1
         if spent >= seconds * (len(curve) + 1) / MARKS:
-            found = float(learner.returns(JUDGED).mean())
+            found = float(learner.returns(game.judged).mean())
             curve.append({"wall": wall, "processor": spent, "generations": generations, "steps": learner.steps, "return": found})
             print(
                 f"{game.env} {system} seed {seed}: {spent:4.0f} s, {generations} generations, return {found:.0f}", file=sys.stderr
@@ -175,7 +179,7 @@ def interpolated(runs: Sequence[Mapping[str, Any]], clock: str, grid: Any) -> An
     return np.array([np.interp(grid, [p[clock] for p in r["curve"]], [p["return"] for p in r["curve"]]) for r in runs])
 
 
-def draw(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: float) -> Figure:
+def draw(runs: Sequence[Mapping[str, Any]], games: Sequence[Game]) -> Figure:
     """Mean return of the mean policy against processor seconds: a line a system, every seed faintly, the range as a band."""
     with rc_context(RC):
         figure = Figure(figsize=(4.6 * len(games), 3.6), layout="constrained")
@@ -184,7 +188,7 @@ def draw(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: floa
                 own = [run for run in runs if run["env"] == game.env and run["system"] == system]
                 if not own:
                     continue
-                grid = np.linspace(max(r["curve"][0]["processor"] for r in own), seconds, 100)
+                grid = np.linspace(max(r["curve"][0]["processor"] for r in own), game.seconds, 100)
                 found = interpolated(own, "processor", grid)
                 axes.plot(grid, found.T, color=colour, alpha=0.35, linewidth=0.8)
                 axes.fill_between(grid, found.min(0), found.max(0), color=colour, alpha=0.12, linewidth=0)
@@ -193,7 +197,7 @@ def draw(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: floa
             axes.set_title(game.env)
             axes.set_xlabel("processor seconds of training, one core")
             axes.grid(color="0.92", linewidth=0.8)
-        figure.axes[0].set_ylabel(f"return of the mean policy ({JUDGED} episodes)")
+        figure.axes[0].set_ylabel("return of the mean policy")
         figure.axes[0].legend(frameon=False)
         return figure
 
@@ -212,9 +216,9 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.0f} [{mean - half:.0f}, {mean + half:.0f}]"
 
 
-def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: float, where: Mapping[str, Any]) -> Section:
+def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Mapping[str, Any]) -> Section:
     """The table, the targets and the figure of runs."""
-    section = Section("rl", "Reinforcement learning in equal time", text_of(games, seconds), environment=dict(where))
+    section = Section("rl", "Reinforcement learning in equal time", text_of(games), environment=dict(where))
     for game in games:
         for system in SYSTEMS:
             own = [run for run in runs if run["env"] == game.env and run["system"] == system]
@@ -239,14 +243,14 @@ def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], seconds: f
     return section
 
 
-def text_of(games: Sequence[Game], seconds: float) -> str:
+def text_of(games: Sequence[Game]) -> str:
     settings = "; ".join(
-        f"{g.env}: {'a linear policy' if not g.hidden else f'{g.hidden[0]} tanh units'}, {g.population} members, σ {g.std:g}, Adam "
-        f"{g.learning_rate:g}, against {g.network}, {g.popsize} solutions, max_speed {g.max_speed:g}, observations "
-        f"{'normalised' if g.normalized else 'as they are'}"
+        f"{g.env}: {g.seconds:g} s, {f'{g.hidden[0]} tanh units' if g.hidden else 'a linear policy'}, {g.population} members, "
+        f"σ {g.std:g}, Adam {g.learning_rate:g}, against {g.network}, {g.popsize} solutions, max_speed {g.max_speed:g}, "
+        f"observations {'normalised' if g.normalized else 'as they are'}"
         for g in games
     )
-    return f"""Each system trains a policy for {seconds:.0f} processor seconds on one core (the time in which it is judged is not
+    return f"""Each system trains a policy for the same processor seconds on one core (the time in which it is judged is not
 counted). *flipout* is the library's strategy with Adam, centered ranks, normalised observations, σ falling to a half and the step
 to a tenth over that time. *EvoTorch* is its PGPE with ClipUp on its vectorised gymnasium problem; initial radius 15 and step 0.75
 times `max_speed`, as in its `rl_clipup.py`, with the settings given there for LunarLander(Continuous) and Walker2d. {settings}.
@@ -261,29 +265,29 @@ def versions() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=240.0, help="processor seconds of training, each run")
+    parser.add_argument("--faster", type=float, default=1.0, help="divides the time given to every run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--envs", nargs="*", default=[game.env for game in GAMES])
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "rl", help="where each run is kept")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    games = [game for game in GAMES if game.env in chosen.envs]
+    games = [replace(game, seconds=game.seconds / chosen.faster) for game in GAMES if game.env in chosen.envs]
     chosen.runs.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(chosen.seeds):
         for game in games:
             for system in chosen.systems:
-                path = chosen.runs / f"{game.env}-{system}-{seed}-{chosen.seconds:.0f}s.json"
+                path = chosen.runs / f"{game.env}-{system}-{seed}.json"
                 if not path.exists():
-                    found = {**train(system, game, seed, chosen.seconds), "environment": versions()}
+                    found = {**train(system, game, seed), "environment": versions()}
                     replace_file(path, json.dumps(found, indent=1).encode())
                 run = json.loads(path.read_text(encoding="utf-8"))
                 if run["settings"] != json.loads(json.dumps(asdict(game))):
                     sys.exit(f"{path} was run with other settings; move it away to run it anew")
                 runs.append(run)
-    section = summary(runs, games, chosen.seconds, runs[0]["environment"])
-    draw(runs, games, chosen.seconds).savefig(ROOT / "docs" / "figures" / "rl.png", dpi=150)
+    section = summary(runs, games, runs[0]["environment"])
+    draw(runs, games).savefig(ROOT / "docs" / "figures" / "rl.png", dpi=150)
     written = json.dumps({**section.json(), "runs": runs}, indent=1, ensure_ascii=False)
     (RESULTS / "rl.json").write_text(written + "\n", encoding="utf-8")
     PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), section), encoding="utf-8")
