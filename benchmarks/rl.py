@@ -7,6 +7,7 @@ are kept one by one in ``--runs``; a killed comparison goes on with those that a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from flipout.moments import t_quantile
 
 #: Judgements of the mean policy along a curve; episodes of the last one.
 MARKS, LAST = 12, 100
-COLOURS = {"flipout": "#0072B2", "EvoTorch": "#D55E00"}
+COLOURS = {"flipout": "#0072B2", "EvoTorch": "#D55E00", "EvoTorch, set as flipout": "#CC79A7"}
 PACKAGES = ("gymnasium", "evotorch", "mujoco", "box2d")
 
 
@@ -67,7 +69,7 @@ class Game:
 
 
 GAMES = (
-    Game("LunarLander-v3", 200.0, 180.0, 20, (16,), 32, 0.1, 0.05, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
+    Game("LunarLander-v3", 200.0, 150.0, 20, (16,), 128, 0.3, 0.2, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
     Game("Swimmer-v5", 200.0, 100.0, 5, (), 16, 0.1, 0.05, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
 )
 
@@ -107,21 +109,30 @@ class Library:
 
 
 class EvoTorch:
-    """EvoTorch's PGPE with ClipUp on its vectorised gymnasium problem; settings after its examples/scripts/rl_clipup.py."""
+    """EvoTorch's PGPE on its vectorised gymnasium problem.
 
-    def __init__(self, game: Game, seed: int) -> None:
+    Args:
+        game, seed: of the run.
+        ours: whether it has the library's population, σ, Adam and policy, in place of what examples/scripts/rl_clipup.py has.
+    """
+
+    def __init__(self, game: Game, seed: int, ours: bool = False) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from evotorch.algorithms import PGPE
             from evotorch.neuroevolution import VecGymNE
 
-        self._problem = VecGymNE(
-            f"gym::{game.env}", game.network, observation_normalization=game.normalized, num_actors=0
-        )
-        self._search = PGPE(
-            self._problem, popsize=game.popsize, radius_init=15 * game.max_speed, center_learning_rate=0.75 * game.max_speed,
-            stdev_learning_rate=0.1, optimizer="clipup", optimizer_config={"max_speed": game.max_speed, "momentum": 0.9},
-        )  # fmt: skip
+        speed, options = game.max_speed, {"stdev_learning_rate": 0.1}
+        network, size = game.network, game.popsize
+        if ours:
+            network = " >> Tanh() >> ".join(_layers(game.hidden))
+            size = game.population
+            options |= {"stdev_init": game.std, "center_learning_rate": game.learning_rate, "optimizer": "adam"}
+        else:
+            options |= {"radius_init": 15 * speed, "center_learning_rate": 0.75 * speed, "optimizer": "clipup"}
+            options["optimizer_config"] = {"max_speed": speed, "momentum": 0.9}
+        self._problem = VecGymNE(f"gym::{game.env}", network, observation_normalization=ours or game.normalized, num_actors=0)
+        self._search = PGPE(self._problem, popsize=size, **options)
         self._judge = Rollouts(game.env, action=None if game.env.startswith("Lunar") else _clipped)
 
     def step(self, left: float) -> None:
@@ -132,15 +143,24 @@ class EvoTorch:
         return int(self._problem.status.get("total_interaction_count", 0))
 
     def returns(self, episodes: int) -> Tensor:
-        policy = self._problem.to_policy(self._search.status["center"])
+        policy = self._problem.to_policy(self._search.status["center"]).float()  # its normalisation is in double precision
         return self._judge.returns(policy, episodes)
+
+
+def _layers(hidden: tuple[int, ...]) -> list[str]:
+    sizes = ["obs_length", *map(str, hidden), "act_length"]
+    return [f"Linear({inputs}, {outputs})" for inputs, outputs in itertools.pairwise(sizes)]
 
 
 def _clipped(output: Tensor) -> Any:
     return output.clamp(-1, 1).numpy()
 
 
-SYSTEMS: Mapping[str, Callable[[Game, int], Any]] = {"flipout": Library, "EvoTorch": EvoTorch}
+SYSTEMS: Mapping[str, Callable[[Game, int], Any]] = {
+    "flipout": Library,
+    "EvoTorch": EvoTorch,
+    "EvoTorch, set as flipout": partial(EvoTorch, ours=True),
+}
 
 
 def train(system: str, game: Game, seed: int) -> dict[str, Any]:
@@ -253,7 +273,8 @@ def text_of(games: Sequence[Game]) -> str:
     return f"""Each system trains a policy for the same processor seconds on one core (the time in which it is judged is not
 counted). *flipout* is the library's strategy with Adam, centered ranks, normalised observations, σ falling to a half and the step
 to a tenth over that time. *EvoTorch* is its PGPE with ClipUp on its vectorised gymnasium problem; initial radius 15 and step 0.75
-times `max_speed`, as in its `rl_clipup.py`, with the settings given there for LunarLander(Continuous) and Walker2d. {settings}.
+times `max_speed`, as in its `rl_clipup.py`, with the settings given there for LunarLander(Continuous) and Walker2d; *set as flipout*
+has the population, σ, Adam's step and policy of *flipout*, and normalised observations. {settings}.
 
 ![Return against processor seconds, mean, range and every seed](figures/rl.png)"""
 
@@ -278,7 +299,7 @@ def main() -> None:
     for seed in range(chosen.seeds):
         for game in games:
             for system in chosen.systems:
-                path = chosen.runs / f"{game.env}-{system}-{seed}.json"
+                path = chosen.runs / f"{game.env}-{system.replace(', ', '-').replace(' ', '-')}-{seed}.json"
                 if not path.exists():
                     found = {**train(system, game, seed), "environment": versions()}
                     replace_file(path, json.dumps(found, indent=1).encode())
