@@ -1,7 +1,8 @@
 """How does a policy learn in equal time, beside EvoTorch's PGPE? Curves over seeds, on one core; ``python -m benchmarks.rl``.
 
-It takes an hour (environments x seeds x two systems x the time given to each), so ``python -m benchmarks`` leaves it out. Runs
-are kept one by one in ``--runs``; a killed comparison goes on with those that are missing.
+It takes the better part of an hour (two environments, three seeds, three systems), so ``python -m benchmarks`` leaves it out. It
+needs ``pip install 'flipout[experiments,mujoco,box2d]' evotorch==0.6.1``. Runs are kept one by one in ``--runs``; a killed
+comparison goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -122,37 +123,48 @@ def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Map
                 "system": system,
                 f"mean return, {LAST} episodes, by seed": ", ".join(f"{run['mean']:.0f} ± {run['error']:.0f}" for run in own),
                 "over seeds": interval(means),
-                f"s to {game.target:g}": ", ".join("-" if s is None else f"{s:.0f}" for s in above),
+                "s to the target": ", ".join("-" if s is None else f"{s:.0f}" for s in above),
                 "generations": ", ".join(f"{p['generations']}" for p in last),
                 "million steps": ", ".join(f"{p['steps'] / 1e6:.2f}" for p in last),
                 "wall, s": ", ".join(f"{p['wall']:.0f}" for p in last),
             }
-            section.rows.append(Row(game.env, {k if k[:4] != "s to" else "s to the target": v for k, v in cells.items()}))
+            section.rows.append(Row(game.env, cells))
             if system == "flipout":
                 what = f"{game.env}, least mean return of {len(own)} seeds"
                 section.targets.append(Target(what, min(means), game.target, at_least=True))
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    section.notes.append(f"{packages}.")
     return section
 
 
 def text_of(games: Sequence[Game]) -> str:
-    settings = "; ".join(
-        f"{g.env}: {g.seconds:g} s, {f'{g.hidden[0]} tanh units' if g.hidden else 'a linear policy'}, {g.population} members, "
-        f"σ {g.std:g}, Adam {g.learning_rate:g}, against {g.network}, {g.popsize} solutions, max_speed {g.max_speed:g}, "
-        f"observations {'normalised' if g.normalized else 'as they are'}"
+    """What was run, with every setting."""
+    ours = "; ".join(
+        f"{g.env}, {g.seconds:g} s: {f'{g.hidden[0]} tanh units' if g.hidden else 'a linear policy'}, {g.population} members, "
+        f"σ {g.std:g}, step {g.learning_rate:g}"
         for g in games
     )
-    return f"""Each system trains a policy for the same processor seconds on one core (the time in which it is judged is not
-counted). *flipout* is the library's strategy with Adam, centered ranks, normalised observations, σ falling to a half and the step
-to a tenth over that time. *EvoTorch* is its PGPE with ClipUp on its vectorised gymnasium problem; initial radius 15 and step 0.75
-times `max_speed`, as in its `rl_clipup.py`, with the settings given there for LunarLander(Continuous) and Walker2d; *set as flipout*
-has the population, σ, Adam's step and policy of *flipout*, and normalised observations. {settings}.
+    theirs = "; ".join(
+        f"{g.env}: `{g.network}`, {g.popsize} solutions, `max_speed` {g.max_speed:g}, observations "
+        f"{'normalised' if g.normalized else 'as they are'}"
+        for g in games
+    )
+    return f"""Each system trains a policy for the same processor seconds on one core, judging aside.
 
-![Return against processor seconds, mean, range and every seed](figures/rl.png)"""
+* *flipout*: the library's strategy with Adam, centered ranks and normalised observations; σ falls to a half and the step to a
+  tenth over the time. {ours}.
+* *EvoTorch*: its PGPE with ClipUp on its vectorised gymnasium problem, initial radius 15 and step 0.75 times `max_speed`, with
+  what its `rl_clipup.py` has for LunarLander(Continuous), and for Walker2d in place of Swimmer, which is not there. {theirs}.
+* *EvoTorch, set as flipout*: its PGPE with the population, σ, Adam, step and policy of *flipout*, and normalised observations.
+
+The mean policy is judged along the way in {", ".join(f"{g.judged}" for g in games)} episodes, at the end in {LAST}.
+
+![Return against processor seconds: mean, range and every seed](figures/rl.png)"""
 
 
 def versions() -> dict[str, Any]:
-    """The machine, and the packages that environments come from."""
-    return {**environment(), **{name: _version(name) for name in PACKAGES}}
+    """The machine, and the packages that environments and peers come from."""
+    return {**environment(), "threads": 1, "packages": {name: _version(name) for name in PACKAGES}}
 
 
 def main() -> None:
