@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from flipout.evolution import EvolutionStrategy, Rollouts
 from flipout.experiments.train_es import make_policy
 
-__all__ = ["GAMES", "SYSTEMS", "Game"]
+__all__ = ["GAMES", "SYSTEMS", "Game", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Game:
 
 
 GAMES = (
-    Game("LunarLander-v3", 200.0, 150.0, 20, (16,), 128, 0.3, 0.2, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
-    Game("Swimmer-v5", 200.0, 100.0, 5, (), 16, 0.1, 0.05, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
+    Game("LunarLander-v3", 200.0, 150.0, 20, (), 128, 0.5, 0.2, 1, "Linear(obs_length, act_length, False)", 200, 0.3, False),
+    Game("Swimmer-v5", 200.0, 100.0, 5, (), 16, 0.5, 0.2, 1, "Linear(obs_length, act_length)", 100, 0.015, True),
 )
 
 
@@ -132,6 +132,13 @@ def _layers(hidden: tuple[int, ...]) -> list[str]:
 
 def _clipped(output: Tensor) -> Any:
     return output.clamp(-1, 1).numpy()
+
+
+def settings_of(system: str, game: Game) -> dict[str, Any]:
+    """What of a game's settings a system's training depends on."""
+    theirs, ours = ("network", "popsize", "max_speed", "normalized"), ("hidden", "population", "std", "learning_rate", "episodes")
+    others = ours if system == "EvoTorch" else theirs
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(game).items() if name not in others}
 
 
 SYSTEMS: Mapping[str, Callable[[Game, int], Any]] = {

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import PAGE, RESULTS, ROOT, insert
-from benchmarks.learners import GAMES, SYSTEMS, Game
+from benchmarks.learners import GAMES, SYSTEMS, Game, settings_of
 from benchmarks.report import Row, Section, Target, _version, environment
 from flipout.experiments.figures import RC
 from flipout.files import replace_file
@@ -61,7 +61,7 @@ def train(system: str, game: Game, seed: int) -> dict[str, Any]:
             )
     returns = learner.returns(LAST)
     return {
-        "system": system, "env": game.env, "seed": seed, "settings": asdict(game), "curve": curve,
+        "system": system, "env": game.env, "seed": seed, "settings": settings_of(system, game), "curve": curve,
         "mean": float(returns.mean()), "error": float(returns.std()) / LAST**0.5,
     }  # fmt: skip
 
@@ -132,7 +132,7 @@ def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Map
             if system == "flipout":
                 what = f"{game.env}, least mean return of {len(own)} seeds"
                 section.targets.append(Target(what, min(means), game.target, at_least=True))
-    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
     section.notes.append(f"{packages}.")
     return section
 
@@ -187,7 +187,7 @@ def main() -> None:
                     found = {**train(system, game, seed), "environment": versions()}
                     replace_file(path, json.dumps(found, indent=1).encode())
                 run = json.loads(path.read_text(encoding="utf-8"))
-                if run["settings"] != json.loads(json.dumps(asdict(game))):
+                if run["settings"] != settings_of(system, game):
                     sys.exit(f"{path} was run with other settings; move it away to run it anew")
                 runs.append(run)
     section = summary(runs, games, runs[0]["environment"])
