@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,9 @@ def interval(values: Sequence[float]) -> str:
 
 def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Mapping[str, Any]) -> Section:
     """The table, the targets and the figure of runs."""
-    section = Section("rl", "Reinforcement learning in equal time", text_of(games), environment=dict(where))
+    section = Section(
+        "rl", "Reinforcement learning in equal time", text_of(games, {run["system"] for run in runs}), environment=dict(where)
+    )
     for game in games:
         for system in SYSTEMS:
             own = [run for run in runs if run["env"] == game.env and run["system"] == system]
@@ -137,7 +139,7 @@ def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Map
     return section
 
 
-def text_of(games: Sequence[Game]) -> str:
+def text_of(games: Sequence[Game], systems: Collection[str]) -> str:
     """What was run, with every setting."""
     ours = "; ".join(
         f"{g.env}, {g.seconds:g} s: {f'{g.hidden[0]} tanh units' if g.hidden else 'a linear policy'}, {g.population} members, "
@@ -149,14 +151,17 @@ def text_of(games: Sequence[Game]) -> str:
         f"{'normalised' if g.normalized else 'as they are'}"
         for g in games
     )
+    third = (
+        "* *EvoTorch, set as flipout*: its PGPE with *flipout*'s population, σ, Adam, step and policy, observations normalised.\n"
+    )
+    third = third if "EvoTorch, set as flipout" in systems else ""
     return f"""Each system trains a policy for the same processor seconds on one core, judging aside.
 
 * *flipout*: the library's strategy with Adam, centered ranks and normalised observations; σ falls to a half and the step to a
   tenth over the time. {ours}.
 * *EvoTorch*: its PGPE with ClipUp on its vectorised gymnasium problem, initial radius 15 and step 0.75 times `max_speed`, with
   what its `rl_clipup.py` has for LunarLander(Continuous), and for Walker2d in place of Swimmer, which is not there. {theirs}.
-* *EvoTorch, set as flipout*: its PGPE with the population, σ, Adam, step and policy of *flipout*, and normalised observations.
-
+{third}
 The mean policy is judged along the way in {", ".join(f"{g.judged}" for g in games)} episodes, at the end in {LAST}.
 
 ![Return against processor seconds: mean, range and every seed](figures/rl.png)"""
