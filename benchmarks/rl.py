@@ -151,9 +151,7 @@ def text_of(games: Sequence[Game], systems: Collection[str]) -> str:
         f"{'normalised' if g.normalized else 'as they are'}"
         for g in games
     )
-    third = (
-        "* *EvoTorch, set as flipout*: its PGPE with *flipout*'s population, σ, Adam, step and policy, observations normalised.\n"
-    )
+    third = "* *EvoTorch, set as flipout*: its PGPE with all that *flipout* has, but that σ and step do not fall.\n"
     third = third if "EvoTorch, set as flipout" in systems else ""
     return f"""Each system trains a policy for the same processor seconds on one core, judging aside.
 
