@@ -30,7 +30,7 @@ docs: $(VENV)/.ready-docs
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/pip install --quiet --no-deps bayesian-torch==0.5.0
-	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1
+	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1 evosax==0.3.2
 	$(BIN)/python -m benchmarks
 
 # The wheel in a fresh environment, its dependencies resolved by pip.

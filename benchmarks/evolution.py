@@ -30,7 +30,8 @@ TEXT = f"""A whole generation on 784-512-512-10 (669,706 weights), float32: nois
 sum; antithetic pairs everywhere. Times are per *member*. *FlipES* has {POPULATION:,} members with an example each; *explicit*
 perturbs the net member by member with torch.randn, and draws the same noise again for the sum; *noise table* takes its noise from
 a shared table in memory, as the paper's cpuES does; *vmap* has {DENSE} dense members at once under `torch.func.vmap`; *EvoTorch*
-is its PGPE with its vectorised evaluation, {DENSE} members at once. With 32 examples, all members see one batch."""
+is its PGPE with its vectorised evaluation, *evosax* its Open_ES with Adam, one compiled function of JAX a generation, both with
+{DENSE} members at once. With 32 examples, all members see one batch."""
 
 
 def net() -> nn.Sequential:
@@ -121,6 +122,38 @@ def evotorch(examples: int) -> Step:
     return search.step
 
 
+def evosax(examples: int) -> Step:
+    """evosax's Open_ES over dense members: a whole generation as one compiled function of JAX, on as many threads as it takes."""
+    import jax
+    import optax
+    from evosax.algorithms import Open_ES
+
+    center = [jax.numpy.asarray(p.detach().numpy()) for p in net().parameters()]
+    x = jax.numpy.asarray(torch.randn(examples, 784).numpy())
+    adam, std = optax.adam(0.01), optax.constant_schedule(STD)
+    es = Open_ES(population_size=DENSE, solution=center, optimizer=adam, std_schedule=std)
+    params = es.default_params
+
+    def fitness(weights: Any) -> Any:
+        w1, b1, w2, b2, w3, b3 = weights
+        hidden = jax.nn.relu(jax.nn.relu(x @ w1.T + b1) @ w2.T + b2)
+        return -(hidden @ w3.T + b3)[:, 0].mean()  # it minimises
+
+    @jax.jit
+    def generation(key: Any, state: Any) -> Any:
+        ask, tell, following = jax.random.split(key, 3)
+        population, state = es.ask(ask, state, params)
+        state, _ = es.tell(tell, population, jax.vmap(fitness)(population), state, params)
+        return following, state
+
+    now = [(jax.random.key(0), es.init(jax.random.key(1), center, params))]
+
+    def step() -> None:
+        now[0] = jax.block_until_ready(generation(*now[0]))
+
+    return step
+
+
 def per_member(timings: Mapping[str, Timing], counts: Mapping[str, int]) -> dict[str, Timing]:
     """The timings divided by the members of each contestant's generation; ratios to the first contestant."""
     seconds = {name: tuple(s / counts[name] for s in t.seconds) for name, t in timings.items()}
@@ -176,10 +209,11 @@ def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
         "explicit, noise table": EXPLICIT,
         "vmap": DENSE,
     }
-    try:
-        contestants["EvoTorch PGPE"], counts["EvoTorch PGPE"] = evotorch(1), DENSE
-    except ImportError as error:
-        section.notes.append(f"EvoTorch skipped: {error}")
+    for name, make in (("EvoTorch PGPE", evotorch), ("evosax Open_ES", evosax)):
+        try:
+            contestants[name], counts[name] = make(1), DENSE
+        except ImportError as error:
+            section.notes.append(f"{name} skipped, it is not installed: {error}")
     one = per_member(race(contestants, rounds=rounds, patience=patience, warmup=1), counts)
     add_race(section, "1 example a member", one)
     section.add_lead("explicit / FlipES, 1 example", one["explicit"], one["FlipES"], EXPLICIT_BOUND)

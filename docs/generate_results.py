@@ -167,7 +167,14 @@ def evolution(result: dict[str, Any]) -> str:
              f"{row['cpues_40_cores'] / row['flipes']:.3g}"]
             for row in result["rows"]
         ]  # fmt: skip
-        return f"{grid(header, rows)}\n\nSeconds per update of {result['samples']:,} samples."
+        text = f"Seconds per update of {result['samples']:,} samples."
+        if "cost_factor" in result["rows"][0]:
+            settings = result["settings"]
+            prices = f"{settings['price_gpu']:g} an hour for what runs FlipES and {settings['price_cpu']:g} for 40 cores"
+            header.append("cost factor")
+            rows = [[*cells, f"{row['cost_factor']:.3g}"] for cells, row in zip(rows, result["rows"], strict=True)]
+            text += f" The cost factor is what cpuES costs over what FlipES does, at {prices}."
+        return f"{grid(header, rows)}\n\n{text}"
     rows = [
         [name, interval(from_json(final["loss"])), f"{100 * final['test_accuracy']:.1f} %"]
         for name, final in result["final"].items()

@@ -45,8 +45,9 @@ def train(steps: int = 50_000, envs: int = 4, seed: int = 0) -> float:
     """Trains on CartPole and returns the mean return of the clean policy over 20 episodes."""
     env = make_vec_env("CartPole-v1", n_envs=envs, seed=seed)
     model = ParameterNoiseDQN(
-        "MlpPolicy", env, learning_rate=1e-3, learning_starts=min(1000, steps // 2), train_freq=16, gradient_steps=8, seed=seed,
-        exploration_initial_eps=0.05, exploration_final_eps=0.0, target_update_interval=500, policy_kwargs={"net_arch": [64, 64]},
+        "MlpPolicy", env, learning_rate=2.3e-3, learning_starts=min(1000, steps // 2), train_freq=64, gradient_steps=128, seed=seed,
+        exploration_initial_eps=0.05, exploration_final_eps=0.0, target_update_interval=10, batch_size=64,
+        policy_kwargs={"net_arch": [256, 256]},
     )  # fmt: skip
     model.learn(steps)
     print(f"σ of the weights' noise at the end: {model.noise.std:.4f}")

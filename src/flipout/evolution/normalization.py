@@ -35,8 +35,14 @@ class ObservationNormalizer:
         if not isinstance(clip, int | float) or not clip > 0:
             raise ArgumentError(f"clip={clip!r}: expected a positive bound")
         self.clip = float(clip)
-        self._total = _zeros(shape)
         self._new = _zeros(shape)
+        self._rest_on(_zeros(shape))
+
+    def _rest_on(self, total: Tensor) -> None:
+        """Sets what the normalisation rests on, and works out the mean and the deviation once for the whole generation."""
+        self._total = total
+        self._mean = total[1] / max(self.count, 1)
+        self._std = (total[2] / max(self.count, 1) - self._mean.square()).clamp_min(1e-8).sqrt()
 
     @property
     def count(self) -> int:
@@ -45,12 +51,9 @@ class ObservationNormalizer:
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Normalised observations ``[n, *shape]``, as they came while there are fewer than two to go by."""
-        count, total, squares = self._total
         if self.count < 2:
             return observations
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(1e-8).sqrt()
-        scaled: Tensor = (observations - mean.to(observations)) / std.to(observations)
+        scaled: Tensor = (observations - self._mean.to(observations)) / self._std.to(observations)
         return scaled.clamp(-self.clip, self.clip)
 
     def observe(self, observations: Tensor) -> None:
@@ -65,7 +68,9 @@ class ObservationNormalizer:
             raise ArgumentError(f"observations of shape {tuple(seen.shape)}: expected [{wanted}]")
         if not bool(seen.isfinite().all()):
             raise ArgumentError("an observation is not finite, and would spoil the running mean for good; look to the environment")
-        self._new = self._new + torch.stack([torch.full_like(seen[:1].sum(0), len(seen)), seen.sum(0), seen.square().sum(0)])
+        self._new[0] += len(seen)
+        self._new[1] += seen.sum(0)
+        self._new[2] += seen.square().sum(0)
 
     def collect(self) -> Tensor:
         """Takes what was observed since the last update out, ``[3, *shape]``: counts, sums, sums of squares."""
@@ -85,7 +90,7 @@ class ObservationNormalizer:
 
     def update(self) -> None:
         """Makes what was observed part of the normalisation."""
-        self._total = self._total + self.collect()
+        self._rest_on(self._total + self.collect())
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -100,7 +105,8 @@ class ObservationNormalizer:
         if state["total"].shape != self._total.shape:
             was, now = tuple(state["total"].shape[1:]), tuple(self._total.shape[1:])
             raise ArgumentError(f"the saved normalisation is of observations of shape {was}, not {now}")
-        self._total, self._new, self.clip = state["total"].clone(), state["new"].clone(), float(state["clip"])
+        self._rest_on(state["total"].clone())
+        self._new, self.clip = state["new"].clone(), float(state["clip"])
 
 
 def _zeros(shape: Sequence[int]) -> Tensor:

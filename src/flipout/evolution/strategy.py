@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flipout.draw import Draw
 from flipout.errors import ArgumentError, DrawError, MemberError, UnsupportedNoiseError
-from flipout.estimators import Estimator, Flipout, Independent, LowRank, Target
+from flipout.estimators import Estimator, Flipout, Independent, LowRank
 from flipout.evolution.counters import Counters
 from flipout.evolution.fitness import require_finite, require_fitness, require_kept, shaped
 from flipout.evolution.members import Members
-from flipout.evolution.noise import Directions, Law
+from flipout.evolution.population import Population, require_count
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.noise import Gaussian, Rademacher
 from flipout.perturb import Perturbed, in_place
@@ -28,11 +27,6 @@ __all__ = ["Evaluate", "EvolutionStrategy", "Std"]
 Evaluate = Callable[[Any, Members], Any]
 #: A standard deviation, or one for each generation.
 Std = float | Callable[[int], float]
-
-#: Members evaluated at once where no chunk is given, and entries of dense members' weights.
-_CHUNK, _DENSE = 4096, 2**24
-#: Directions whose sum is formed at once in an update. Fixed, so that an update does not depend on how members were evaluated.
-_SUMMED = 1024
 
 
 class EvolutionStrategy:
@@ -114,11 +108,11 @@ class EvolutionStrategy:
             )
         if on_nan not in ("error", "worst"):
             raise ArgumentError(f'on_nan={on_nan!r}: choose "error" or "worst"')
-        self._each = 2 if antithetic else 1
-        self.population = _count("population", population, 2, self._each)
-        self.members_per_base = None if members_per_base is None else _count("members_per_base", members_per_base, 1, self._each)
+        each = 2 if antithetic else 1
+        self.population = require_count("population", population, 2, each)
+        self.members_per_base = None if members_per_base is None else require_count("members_per_base", members_per_base, 1, each)
         self.antithetic, self.base, self.on_nan = antithetic, base, on_nan
-        self.seed = _count("seed", seed, 0)
+        self.seed = require_count("seed", seed, 0)
         self.generation = 0
         self._schedule = std
         self._std_at(0)
@@ -126,8 +120,9 @@ class EvolutionStrategy:
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad] if isinstance(module, nn.Module) else []
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self._net = Perturbed(module, laws[base], estimator, include, [*exclude, *frozen], batch_dim, fallback=fallback)
-        self.chunk = self._at_once(_CHUNK) if chunk is None else _count("chunk", chunk, 1, self._each)
-        self._counters = Counters(seed)
+        per_base = self.population if members_per_base is None else members_per_base
+        self._population = Population(self._net, base, self.population, per_base, antithetic, Counters(seed))
+        self.chunk = self._population.at_once() if chunk is None else require_count("chunk", chunk, 1, each)
         self._asked = False
         self._open = False
 
@@ -161,10 +156,9 @@ class EvolutionStrategy:
             DrawError: inside another ``ask``.
         """
         stop = self.population if stop is None else stop
-        directions = self._directions(start, stop)
         if self._open:
             raise DrawError("ask() inside ask(): leave the first, so that the module has its own weights again")
-        members = Members(self._net, directions, directions.samples(self._targets()))
+        members = self._population.members(start, stop, self.generation, self.std)
         self._open = True
         try:
             with torch.no_grad(), in_place(self._net, members):
@@ -188,7 +182,7 @@ class EvolutionStrategy:
         """
         stop = self.population if stop is None else stop
         found = []
-        for first, last in self._chunks(start, stop):
+        for first, last in self._population.chunks(start, stop, self.chunk):
             with self.ask(first, last) as members:
                 fitness = evaluate(self.module, members)
             found.append(
@@ -227,11 +221,12 @@ class EvolutionStrategy:
             when = "inside ask()" if self._open else "without ask()"
             raise DrawError(f"tell() {when}: evaluate members of generation {self.generation} first, or call step(evaluate)")
         raw = require_fitness(fitness, self.population, "the fitness").cpu()
-        keep = require_kept(kept, self.population, self._each)
+        keep = require_kept(kept, self.population, self._population.each)
         found = require_finite(raw[keep], keep.nonzero().flatten(), self.on_nan)
         weights = torch.zeros_like(raw)
         weights[keep] = shaped(self._shaping, found, self.generation)
-        gradients = self._sum(weights, scale=-1 / (int(keep.sum()) * self.std**2))
+        scale = -1 / (int(keep.sum()) * self.std**2)
+        gradients = self._population.weighted_sum(weights, scale, self.generation, self.std)
         for site in self._net.sites:
             site.mean.grad = gradients[site.name]
         self.generation += 1
@@ -246,12 +241,12 @@ class EvolutionStrategy:
             MemberError: if ``n`` lies outside the population.
             ArgumentError: if ``generation`` is no integer of at least 0.
         """
-        generation, n = _count("generation", generation, 0), _index(n)
+        generation, n = require_count("generation", generation, 0), _index(n)
         if not 0 <= n < self.population:
             raise MemberError(f"member {n} is out of range: the population has members 0 to {self.population - 1}")
-        first = n - n % self._each
-        directions = self._directions(first, first + self._each, generation)
-        return Members(self._net, directions, directions.samples(self._targets())).module(n - first)
+        each = self._population.each
+        first = n - n % each
+        return self._population.members(first, first + each, generation, self._std_at(generation)).module(n - first)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside module and optimiser: numbers and names, for ``torch.load(weights_only=True)``."""
@@ -268,7 +263,7 @@ class EvolutionStrategy:
         if other or "generation" not in state:
             told = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in other.items()) or "it has no generation"
             raise ArgumentError(f"the state is of another strategy: {told}. Make the strategy as it was made then")
-        self.generation = _count("generation", state["generation"], 0)
+        self.generation = require_count("generation", state["generation"], 0)
         self._asked = False
 
     def __repr__(self) -> str:
@@ -291,9 +286,6 @@ class EvolutionStrategy:
             "parameters": [f"{site.name} {tuple(site.mean.shape)}" for site in self._net.sites],
         }
 
-    def _targets(self) -> list[Target]:
-        return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self._net.sites]
-
     def _std_at(self, generation: int) -> float:
         std = self._schedule(generation) if callable(self._schedule) else self._schedule
         if isinstance(std, bool) or not isinstance(std, (int, float)) or not math.isfinite(std) or std <= 0:
@@ -301,69 +293,9 @@ class EvolutionStrategy:
             raise ArgumentError(f"std={std!r}{where}: a standard deviation is positive and finite")
         return float(std)
 
-    def _at_once(self, most: int) -> int:
-        """Members to hold at once, whole pairs: ``most``, or what dense members leave room for."""
-        if isinstance(self.estimator, Independent):
-            entries = sum(site.mean.numel() for site in self._net.sites)
-            most = min(most, _DENSE // entries)
-        return max(most // self._each, 1) * self._each
-
-    def _per_base(self) -> int:
-        return self.population if self.members_per_base is None else self.members_per_base
-
-    def _chunks(self, start: int, stop: int, size: int | None = None) -> Iterator[tuple[int, int]]:
-        """Parts of a range, none across a base."""
-        size, base = self.chunk if size is None else size, self._per_base()
-        while start < stop:
-            last = min(start + size, (start // base + 1) * base, stop)
-            yield start, last
-            start = last
-
-    def _directions(self, start: int, stop: int, generation: int | None = None) -> Directions:
-        """The directions of members ``start`` to ``stop - 1``."""
-        base = self._per_base()
-        if not 0 <= start < stop <= self.population or start % self._each or stop % self._each:
-            pairs = ", in whole antithetic pairs (even bounds)" if self.antithetic else ""
-            raise ArgumentError(f"members {start} to {stop}: expected 0 <= start < stop <= {self.population}{pairs}")
-        if start // base != (stop - 1) // base:
-            raise ArgumentError(
-                f"members {start} to {stop - 1} span several base perturbations of {base} members each, which cannot share a "
-                "forward pass; ask for each base's members in turn, or call step(evaluate), which does"
-            )
-        generation = self.generation if generation is None else generation
-        law = Law(self.estimator, self.base, self._std_at(generation))
-        each = self._each
-        return Directions(law, self._counters, generation, start // base, start // each, stop // each, self.antithetic)
-
-    @torch.no_grad()
-    def _sum(self, weights: Tensor, scale: float) -> dict[str, Tensor]:
-        """scale · Σ_n weights[n] ΔW_n by parameter name, in blocks that do not depend on the chunks of the evaluation."""
-        each, totals = self._each, {site.name: torch.zeros_like(site.mean) for site in self._net.sites}
-        device = next(iter(totals.values())).device
-        signed = weights.view(-1, 2)[:, 0] - weights.view(-1, 2)[:, 1] if self.antithetic else weights
-        signed = (signed * scale).to(device)
-        targets, law = self._targets(), Law(self.estimator, self.base, self.std)
-        for start, stop in self._chunks(0, self.population, self._at_once(each * _SUMMED)):
-            first, last = start // each, stop // each
-            directions = Directions(law, self._counters, self.generation, start // self._per_base(), first, last, paired=False)
-            samples = directions.samples(targets)
-            draw = Draw(self.module, self._net.sites, {}, self.estimator, last - first, None, None, samples)
-            for name, part in draw.weighted_sum(signed[first:last]).items():
-                totals[name] += part
-        return totals
-
 
 def _index(n: Any) -> int:
     try:
         return operator.index(n)
     except TypeError:
         raise MemberError(f"member index {n!r} is a {type(n).__name__}; expected an integer") from None
-
-
-def _count(name: str, value: Any, least: int, multiple: int = 1) -> int:
-    """The value, if it is an integer of at least ``least`` and a multiple of ``multiple``; else raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")
-    if value % multiple:
-        raise ArgumentError(f"{name}={value}: antithetic pairs need an even number; add one, or pass antithetic=False")
-    return value
