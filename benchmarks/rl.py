@@ -160,8 +160,10 @@ def text_of(games: Sequence[Game], systems: Collection[str]) -> str:
 * *EvoTorch*: its PGPE with ClipUp on its vectorised gymnasium problem, initial radius 15 and step 0.75 times `max_speed`, with
   what its `rl_clipup.py` has for LunarLander(Continuous), and for Walker2d in place of Swimmer, which is not there. {theirs}.
 {third}
-The settings of *flipout* were found by trials on these environments, on seeds 0 to 2 ([results.md](results.md#reinforcement-learning) lists
-what else was tried); those of *EvoTorch* are taken as they are told, and were not sought. The mean policy is judged along the way in {", ".join(f"{g.judged}" for g in games)} episodes, at the end in {LAST}.
+The settings of *flipout* were found by trials on these environments and seeds; [results.md](results.md#reinforcement-learning)
+lists what else was tried. Those of *EvoTorch* are taken as told, and were not sought.
+
+The mean policy is judged along the way in {" and ".join(f"{g.judged}" for g in games)} episodes, at the end in {LAST}.
 
 ![Return against processor seconds: mean, range and every seed](figures/rl.png)"""
 
