@@ -142,7 +142,12 @@ class DownloadError(FlipoutError, OSError):
 
 
 class OutOfMemoryError(FlipoutError, MemoryError):
-    """Memory does not suffice for a step. What was saved before it is kept."""
+    """Memory does not suffice for a step. What was saved before it is kept.
+
+    Example:
+        >>> issubclass(OutOfMemoryError, MemoryError) and issubclass(OutOfMemoryError, FlipoutError)
+        True
+    """
 
 
 class SaveError(FlipoutError, OSError):
