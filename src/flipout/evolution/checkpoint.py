@@ -63,16 +63,17 @@ def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
     if set(wanted) != set(states):
         raise ArgumentError(f"the checkpoint {path} has {sorted(states)}: pass the parts that it was saved with, by the same names")
     before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
+    at = ""
     try:
-        for name, part in wanted.items():
-            part.load_state_dict(states[name])
+        for at, part in wanted.items():
+            part.load_state_dict(states[at])
     except Exception as error:
         for name, part in wanted.items():
             part.load_state_dict(before[name])
         if isinstance(error, ArgumentError):
             raise
         raise ArgumentError(
-            f"the checkpoint {path} has another {name} ({str(error).splitlines()[0]}): make every part as it was made then"
+            f"the checkpoint {path} has another {at} ({str(error).splitlines()[0]}): make every part as it was made then"
         ) from error
 
 
