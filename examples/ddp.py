@@ -49,7 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     if "RANK" in os.environ:
         work(options.steps)
-        return
+        sys.stdout.flush()
+        os._exit(0)  # all is done; at an ordinary exit threads of torch's own, still running, abort about one process in thirty
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     subprocess.run([*command, "--steps", str(options.steps)], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
