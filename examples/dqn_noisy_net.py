@@ -16,7 +16,7 @@ class NoisyPolicy(DQNPolicy):
 
     def make_q_net(self) -> QNetwork:
         net = super().make_q_net()
-        net.q_net = noisy(net.q_net, std=0.5)
+        net.q_net = noisy(net.q_net, std=0.1)
         return net
 
     def _predict(self, obs: Any, deterministic: bool = True) -> Any:
@@ -30,9 +30,9 @@ def train(steps: int = 50_000, envs: int = 4, seed: int = 0) -> float:
     """Trains on CartPole, without any epsilon, and returns the mean return of the mean weights over 20 episodes."""
     env = make_vec_env("CartPole-v1", n_envs=envs, seed=seed)
     model = DQN(
-        NoisyPolicy, env, learning_rate=2.3e-3, learning_starts=min(1000, steps // 2), train_freq=64, gradient_steps=128, seed=seed,
-        exploration_initial_eps=0.0, exploration_final_eps=0.0, target_update_interval=10, batch_size=64,
-        policy_kwargs={"net_arch": [256, 256]},
+        NoisyPolicy, env, learning_rate=1e-3, learning_starts=min(1000, steps // 2), train_freq=4, gradient_steps=8, seed=seed,
+        exploration_initial_eps=0.0, exploration_final_eps=0.0, target_update_interval=200, batch_size=128, gamma=0.98,
+        policy_kwargs={"net_arch": [128, 128]},
     )  # fmt: skip
     model.learn(steps)
     return float(evaluate_policy(model, make_vec_env("CartPole-v1", seed=seed + 1), n_eval_episodes=20)[0])
