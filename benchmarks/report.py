@@ -119,8 +119,8 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "flipout": _version("flipout"),
-        "bayesian-torch": _version("bayesian-torch"),
+        "flipout": version_of("flipout"),
+        "bayesian-torch": version_of("bayesian-torch"),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -147,7 +147,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -24,10 +23,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.__main__ import PAGE, RESULTS, ROOT, insert
 from benchmarks.learners import GAMES, SYSTEMS, Game, settings_of
-from benchmarks.report import Row, Section, Target, _version, environment
+from benchmarks.report import Row, Section, Target, environment, version_of
+from flipout.experiments.console import interval
 from flipout.experiments.figures import RC
 from flipout.files import replace_file
-from flipout.moments import t_quantile
+from flipout.moments import estimate_mean
 
 #: Judgements of the mean policy along a curve; episodes of the last one.
 MARKS, LAST = 12, 100
@@ -99,15 +99,6 @@ def first_above(run: Mapping[str, Any], target: float) -> float | None:
     return next((point["processor"] for point in run["curve"] if point["return"] >= target), None)
 
 
-def interval(values: Sequence[float]) -> str:
-    """A mean with its 90 % t-interval."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.0f}"
-    half = t_quantile(0.9, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.0f} [{mean - half:.0f}, {mean + half:.0f}]"
-
-
 def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Mapping[str, Any]) -> Section:
     """The table, the targets and the figure of runs."""
     section = Section(
@@ -124,7 +115,7 @@ def summary(runs: Sequence[Mapping[str, Any]], games: Sequence[Game], where: Map
             cells = {
                 "system": system,
                 f"mean return, {LAST} episodes, by seed": ", ".join(f"{run['mean']:.0f} ± {run['error']:.0f}" for run in own),
-                "over seeds": interval(means),
+                "over seeds": interval(estimate_mean(means)),
                 "s to the target": ", ".join("-" if s is None else f"{s:.0f}" for s in above),
                 "generations": ", ".join(f"{p['generations']}" for p in last),
                 "million steps": ", ".join(f"{p['steps'] / 1e6:.2f}" for p in last),
@@ -170,7 +161,7 @@ The mean policy is judged along the way in {" and ".join(f"{g.judged}" for g in 
 
 def versions() -> dict[str, Any]:
     """The machine, and the packages that environments and peers come from."""
-    return {**environment(), "threads": 1, "packages": {name: _version(name) for name in PACKAGES}}
+    return {**environment(), "threads": 1, "packages": {name: version_of(name) for name in PACKAGES}}
 
 
 def main() -> None:

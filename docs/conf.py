@@ -24,7 +24,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?"),
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.
-    (r"py:class", r"flipout\.(estimators\.(Target|Sample)|terms\.\w+|weight\.\w+|select\.Site|registry\._R|noise\.Source)"),
+    (r"py:class", r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|select\.Site|registry\._R|noise\.Source)"),
     (r"py:class", r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful)|sklearn\._BayesianNet)"),
 ]
 

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,17 @@ def cifar() -> dict[str, bytes]:
         return np.concatenate([labels, pixels], 1).astype(np.uint8).tobytes()
 
     return {"data_batch_1.bin": rows(7), "data_batch_2.bin": rows(5), "test_batch.bin": rows(3)}
+
+
+def packed(files) -> bytes:
+    """An archive of CIFAR-10's files."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as file:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return whole.getvalue()
 
 
 def put(folder: Path, files) -> Path:

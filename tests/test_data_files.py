@@ -2,17 +2,15 @@
 
 import gzip
 import hashlib
-import io
 import pickle
 import socket
-import tarfile
 from pathlib import Path
 
 import formats
 import numpy as np
 import pytest
 import torch
-from formats import LINES, put, remote_of
+from formats import LINES, packed, put, remote_of
 from loopback import serve
 
 import flipout
@@ -130,13 +128,7 @@ def test_fashion_mnist_is_mnists_format(digits, tmp_path):
 
 
 def test_an_archive_is_unpacked_once_and_whole(cifar, tmp_path):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as file:
-        for name, content in cifar.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    files = {"cifar-10-binary.tar.gz": packed.getvalue()}
+    files = {"cifar-10-binary.tar.gz": packed(cifar)}
     with serve({f"/{name}": content for name, content in files.items()}) as server:
         remote = remote_of("cifar-10-batches-bin", files, server.url)
         found = [data.cifar10(cache=tmp_path, remote=remote) for _ in range(2)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flipout.errors import ArgumentError, DrawError, MemberError
-from flipout.estimators import Estimator, Sample, Shared, Target
+from flipout.estimators import Estimator, Shared
+from flipout.samples import Sample, Target
 from flipout.select import Site
 from flipout.weight import Layout, Origin, PerturbedWeight, Term
 

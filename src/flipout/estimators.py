@@ -16,60 +16,14 @@ from torch import Tensor
 
 from flipout.errors import ArgumentError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
+from flipout.samples import Sample, Target
 from flipout.signs import draw_bits, draw_signs
 from flipout.weight import Factor
 
-__all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Sample", "Shared", "Target"]
+__all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Shared"]
 
 #: Up to so many signs are drawn as numbers, at most 4 MB of them: unpacking small factors one by one would cost more time.
 _FEW_SIGNS = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is drawn for: a parameter's mean weight, its noise, and the axes along which signs may vary.
-
-    ``axes`` are the output and input axes of a matrix or a convolution, the feature axis of an embedding, the only axis of a
-    vector; a sign is never drawn along the taps of a kernel. ``matrix`` names the target whose output signs a bias shares.
-    """
-
-    name: str
-    mean: Tensor
-    noise: Noise
-    axes: tuple[int, ...]
-    matrix: str | None = None
-
-    def signs(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Axes and sizes of each sign factor: one an axis, or one number for a scalar."""
-        return [((axis,), (self.mean.shape[axis],)) for axis in self.axes] or [((), ())]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One parameter's draw, free of gradients.
-
-    Attributes:
-        unit: ε, of the mean's shape; ``[N, *shape]`` if ``per_member``; 0-d where factors alone make the noise.
-        factors: one tuple a term of the carrier.
-        per_member: whether ``unit`` differs per member by itself.
-        scaled: whether ``unit`` already carries the noise's fixed scale.
-    """
-
-    unit: Tensor
-    factors: tuple[tuple[Factor, ...], ...] = ((),)
-    per_member: bool = False
-    scaled: bool = False
-
-    def with_members(self, members: Sequence[int], fresh: Sample) -> Sample:
-        """The sample with the given members' draws replaced by the rows of ``fresh``."""
-        index = torch.as_tensor(list(members), device=self.unit.device)
-
-        factors = tuple(
-            tuple(replace(o, values=o.put(index, n), repeat=1) for o, n in zip(olds, news, strict=True))
-            for olds, news in zip(self.factors, fresh.factors, strict=True)
-        )
-        unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
-        return Sample(unit, factors, self.per_member, self.scaled)
 
 
 @dataclass(frozen=True)

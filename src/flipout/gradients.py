@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
 
-__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "require_count", "rows_at_once", "stream"]
+__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "rows_at_once", "stream"]
 
 LossFunction = Callable[[Perturbed, Any], Tensor]
 SampleBatch = Callable[[int, torch.Generator], Any]
@@ -141,13 +142,6 @@ def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:
 
 def _device(net: Perturbed) -> torch.device:
     return next(net.module.parameters()).device
-
-
-def require_count(name: str, value: Any, least: int) -> int:
-    """The value, if it is an integer of at least ``least``; else raises ArgumentError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")
-    return value
 
 
 def _require_scalar(loss: Any) -> Tensor:

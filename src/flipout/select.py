@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from flipout.arguments import broadcasts
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
 from flipout.noise import Noise
@@ -171,11 +172,7 @@ def _require_shape(name: str, noise: Noise, parameter: Tensor | None) -> None:
     shapes = [noise.std.shape] if isinstance(noise.std, Tensor) else []
     shapes += [noise.dist.batch_shape] if isinstance(noise, FromDistribution) else []
     for shape in shapes:
-        try:
-            fits = torch.broadcast_shapes(shape, parameter.shape) == parameter.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not broadcasts(shape, parameter.shape):
             raise ArgumentError(
                 f"the noise of {name!r} has numbers of shape {tuple(shape)}, which do not broadcast to the parameter's "
                 f"{tuple(parameter.shape)}; give one number, one for each entry, or another noise to each parameter by its name"

@@ -28,9 +28,10 @@ except ModuleNotFoundError as error:
         f"flipout.sklearn needs scikit-learn, which cannot be imported ({error}): pip install 'flipout[bayes]'", name=error.name
     ) from error
 
+from flipout.arguments import require_count
 from flipout.bayes import elbo_loss, kl_divergence, linear_annealing, require_finite, sample_outputs
 from flipout.errors import ArgumentError
-from flipout.gradients import require_count, stream
+from flipout.gradients import stream
 from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
 from flipout.variance.estimators import named_estimators

@@ -1,13 +1,12 @@
 """Files of data that are cut short, changed, or of something else: an error that says which, or the right data; never others."""
 
 import gzip
-import io
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from formats import LINES, cifar, digits, idx, put, remote_of
+from formats import LINES, cifar, digits, idx, packed, put, remote_of
 from loopback import serve
 
 import flipout
@@ -18,17 +17,6 @@ from flipout.errors import SaveError
 
 def flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
-
-
-def packed(files) -> bytes:
-    """An archive of CIFAR-10's files."""
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w:gz") as file:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return whole.getvalue()
 
 
 def test_a_full_disk_while_an_archive_is_unpacked_leaves_nothing_that_looks_unpacked(tmp_path, monkeypatch):

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, constraints, register_kl
 from torch.distributions import kl_divergence as closed_form
 
+from flipout.arguments import broadcasts, require_count
 from flipout.bayes.posterior import Posterior, posteriors, require_net
 from flipout.bayes.priors import LogUniform
 from flipout.bayes.special import dawson_integral
 from flipout.errors import ArgumentError
-from flipout.gradients import require_count
 from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
 
@@ -136,11 +136,7 @@ def _require_law(pattern: str, law: Any) -> None:
 
 
 def _require_shape(posterior: Posterior, law: Distribution) -> None:
-    try:
-        fits = torch.broadcast_shapes(law.batch_shape, posterior.mean.shape) == posterior.mean.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(law.batch_shape, posterior.mean.shape):
         raise ArgumentError(
             f"the prior of {posterior.name!r} has the shape {tuple(law.batch_shape)}, which does not broadcast to the weight's "
             f"{tuple(posterior.mean.shape)}"

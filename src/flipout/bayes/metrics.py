@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.bayes.prediction import Classification, Regression
 from flipout.errors import ArgumentError
-from flipout.gradients import require_count
 
 __all__ = ["accuracy", "brier_score", "calibration_error", "negative_log_likelihood", "ood_auroc"]
 

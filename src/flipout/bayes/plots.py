@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.bayes.metrics import calibration_error, labelled
 from flipout.bayes.prediction import Classification, Regression
 from flipout.errors import ArgumentError
-from flipout.gradients import require_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

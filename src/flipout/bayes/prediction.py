@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import broadcasts, require_count
 from flipout.bayes.posterior import require_net
 from flipout.errors import ArgumentError, MissingRuleError
 from flipout.estimators import Independent, Shared
-from flipout.gradients import require_count
 from flipout.perturb import Perturbed
 
 __all__ = ["Classification", "Prediction", "Regression", "predict", "sample_outputs"]
@@ -125,11 +125,7 @@ def _require_variance(value: Any, like: Tensor) -> None:
     found = torch.as_tensor(value)
     if not bool(((found >= 0) & found.isfinite()).all()):
         raise ArgumentError(f"noise_variance={value!r}: a variance is finite and not negative")
-    try:
-        fits = torch.broadcast_shapes(found.shape, like.shape) == like.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(found.shape, like.shape):
         raise ArgumentError(
             f"noise_variance has the shape {tuple(found.shape)}, which does not broadcast to the outputs' {tuple(like.shape)}; "
             "give one number, or one for each output"

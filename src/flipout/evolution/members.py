@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flipout.draw import Draw
 from flipout.errors import BatchError, DrawError
-from flipout.estimators import Sample
 from flipout.evolution.counters import Place
 from flipout.evolution.noise import Directions
 from flipout.perturb import Perturbed
+from flipout.samples import Sample
 
 __all__ = ["Members"]
 

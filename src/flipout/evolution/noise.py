@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flipout.estimators import Estimator, Flipout, LowRank, Sample, Target
+from flipout.estimators import Estimator, Flipout, LowRank
 from flipout.evolution.counters import Counters, Place
+from flipout.samples import Sample, Target
 from flipout.signs import packed_size, unpack
 from flipout.weight import Factor
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.draw import Draw
 from flipout.errors import ArgumentError
-from flipout.estimators import Estimator, Independent, Target
+from flipout.estimators import Estimator, Independent
 from flipout.evolution.counters import Counters
 from flipout.evolution.members import Members
 from flipout.evolution.noise import Directions, Law
 from flipout.perturb import Perturbed
+from flipout.samples import Target
 
-__all__ = ["Population", "require_count"]
+__all__ = ["Population", "require_members"]
 
 #: Members evaluated at once where no chunk is given, and entries of dense members' weights.
 _CHUNK, _DENSE = 4096, 2**24
@@ -115,14 +117,12 @@ class Population:
         return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self.net.sites]
 
 
-def require_count(name: str, value: Any, least: int, multiple: int = 1) -> int:
-    """The value, if it is an integer of at least ``least`` and a multiple of ``multiple``.
+def require_members(name: str, value: Any, least: int, each: int) -> int:
+    """The value, if it is a number of members of at least ``least``, in whole directions of ``each``.
 
     Raises:
         ArgumentError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")
-    if value % multiple:
+    if require_count(name, value, least) % each:
         raise ArgumentError(f"{name}={value}: antithetic pairs need an even number; add one, or pass antithetic=False")
-    return value
+    return int(value)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError, DrawError, MemberError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LowRank
 from flipout.evolution.counters import Counters
 from flipout.evolution.fitness import require_finite, require_fitness, require_kept, shaped
 from flipout.evolution.members import Members
-from flipout.evolution.population import Population, require_count
+from flipout.evolution.population import Population, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.noise import Gaussian, Rademacher
 from flipout.perturb import Perturbed, in_place
@@ -109,8 +110,8 @@ class EvolutionStrategy:
         if on_nan not in ("error", "worst"):
             raise ArgumentError(f'on_nan={on_nan!r}: choose "error" or "worst"')
         each = 2 if antithetic else 1
-        self.population = require_count("population", population, 2, each)
-        self.members_per_base = None if members_per_base is None else require_count("members_per_base", members_per_base, 1, each)
+        self.population = require_members("population", population, 2, each)
+        self.members_per_base = None if members_per_base is None else require_members("members_per_base", members_per_base, 1, each)
         self.antithetic, self.base, self.on_nan = antithetic, base, on_nan
         self.seed = require_count("seed", seed, 0)
         self.generation = 0
@@ -122,7 +123,7 @@ class EvolutionStrategy:
         self._net = Perturbed(module, laws[base], estimator, include, [*exclude, *frozen], batch_dim, fallback=fallback)
         per_base = self.population if members_per_base is None else members_per_base
         self._population = Population(self._net, base, self.population, per_base, antithetic, Counters(seed))
-        self.chunk = self._population.at_once() if chunk is None else require_count("chunk", chunk, 1, each)
+        self.chunk = self._population.at_once() if chunk is None else require_members("chunk", chunk, 1, each)
         self._asked = False
         self._open = False
 

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Shared
-from flipout.gradients import LossFunction, SampleBatch, gradient_pair, require_count, rows_at_once
+from flipout.gradients import LossFunction, SampleBatch, gradient_pair, rows_at_once
 from flipout.moments import Estimate, estimate_mean
 from flipout.perturb import Perturbed
 from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, check_parts, require_finite

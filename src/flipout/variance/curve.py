@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator
-from flipout.gradients import LossFunction, SampleBatch, require_count, rows_at_once
+from flipout.gradients import LossFunction, SampleBatch, rows_at_once
 from flipout.moments import Estimate, combine, log_log_slope, ratio
 from flipout.perturb import Perturbed
 from flipout.variance.estimators import named_estimators

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator
-from flipout.gradients import LossFunction, SampleBatch, gradient, require_count, rows_at_once
+from flipout.gradients import LossFunction, SampleBatch, gradient, rows_at_once
 from flipout.moments import Moments
 from flipout.perturb import Perturbed
 from flipout.variance.estimators import named_estimators
