@@ -16,7 +16,7 @@ from torch.testing._internal.generated.annotated_fn_args import annotated_args
 
 import flipout
 from flipout.registry import rules
-from flipout.weight import _METADATA
+from flipout.weight import METADATA
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # many of the functions are deprecated
 
@@ -24,21 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # many of the functions are d
 def carrier(*shape: int, rows: int = 4, estimator: flipout.Estimator = flipout.Flipout()) -> flipout.PerturbedWeight:  # noqa: B008
     """A weight as the operations of a module meet it."""
     module = nn.Module()
-    module.w = nn.Parameter(torch.randn(shape))
-    seen = []
-
-    class Look(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = module
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(self.inner.w)
-            return x
-
-    flipout.Perturbed(Look(), flipout.Gaussian(0.1), estimator)(torch.zeros(rows, 1))
-    assert isinstance(seen[0], flipout.PerturbedWeight)
-    return seen[0]
+    module.inner = nn.Module()
+    module.inner.w = nn.Parameter(torch.randn(shape))
+    (weight,) = flipout.Perturbed(module, flipout.Gaussian(0.1), estimator).draw(rows).carriers(rows, 0)
+    assert isinstance(weight, flipout.PerturbedWeight)
+    return weight
 
 
 # --- every overridable function ---------------------------------------------------------------------------------------
@@ -86,7 +76,7 @@ def _arguments(function: Callable[..., Any], signature: Callable[..., Any], w: T
     return positional, named
 
 
-UNRULED = {f: signature for f, signature in get_testing_overrides().items() if f not in RULED and f not in _METADATA}
+UNRULED = {f: signature for f, signature in get_testing_overrides().items() if f not in RULED and f not in METADATA}
 
 
 def test_every_function_without_a_rule_raises() -> None:

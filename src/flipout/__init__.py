@@ -11,11 +11,13 @@ from flipout.errors import (
     MemberError,
     MissingRuleError,
     NotFiniteError,
+    UnmetWarning,
     UnsupportedNoiseError,
 )
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
+from flipout.in_place import perturbed
 from flipout.noise import DropConnect, Gaussian, MultiplicativeGaussian, Noise, Rademacher
-from flipout.perturb import Perturbed, perturbed
+from flipout.perturb import Perturbed
 from flipout.registry import rule
 from flipout.weight import PerturbedWeight
 
@@ -44,6 +46,7 @@ __all__ = [
     "PerturbedWeight",
     "Rademacher",
     "Shared",
+    "UnmetWarning",
     "UnsupportedNoiseError",
     "bayes",
     "evolution",

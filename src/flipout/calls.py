@@ -1,132 +1,292 @@
-"""Calls of a module whose weights are perturbed from outside it: the rows they have, and hooks that put weights in and back."""
+"""A call carries its draw: a mode of the thread that runs it, in which operations meet perturbed weights instead of parameters.
+
+The module is never touched. Whatever torch operation meets a selected parameter, wherever that came from (an attribute, a list, a
+closure), is given its carrier, and the carrier hands the operation to its rule. Parameters are known by identity, looked up in the
+slots of the module as they stand at that moment, so that one which a hook has just put there (FSDP's whole one, an offloaded one) is
+found as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from flipout import recompute
 from flipout.draw import Draw
-from flipout.errors import BatchError, DrawError
-from flipout.select import Site, rows_dim, unbatched_rank
-from flipout.slots import Placement, first_batch
+from flipout.errors import DrawError, UnmetWarning
+from flipout.following import follow
+from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows
+from flipout.select import held
+from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
-if TYPE_CHECKING:
-    from flipout.perturb import Perturbed
-
-__all__ = ["Calls", "LateDraw", "count_rows", "require_blocks", "slots_of"]
-
-
-class LateDraw(Draw):
-    """A draw whose number of members may be found at the first call."""
-
-    def __init__(self, net: Perturbed, members: int | None) -> None:
-        self._net = net
-        self.estimator = net.estimator
-        self.members = None
-        if members is not None:
-            self.start(members)
-
-    @property
-    def started(self) -> bool:
-        return hasattr(self, "_samples")
-
-    def start(self, members: int) -> None:
-        net = self._net
-        super().__init__(net.module, net._sites, {}, net.estimator, members, net.generator, net.fallback)
-
-    def _require_members(self) -> None:
-        if not self.started:
-            raise DrawError("the draw has no members yet: call the module first, or pass perturbed(..., members=N)")
-        super()._require_members()
-
-    def __repr__(self) -> str:
-        return super().__repr__() if self.started else f"Draw(members=None, estimator={self.estimator}, not drawn yet)"
+__all__ = ["Call", "Ledger"]
 
 
-class Calls:
-    """Puts the perturbed weights in place for the outermost call among a module's parts, and back after it."""
+class Ledger:
+    """Which selected parameters have met an operation, over the calls of a wrapper.
 
-    def __init__(self, net: Perturbed, draw: Draw) -> None:
-        self.net, self.draw = net, draw
-        self.depth = 0
-        self.placed: Placement | None = None
-        self._handles: list[Any] = []
+    Args:
+        unmet: what to do where some did not: ``"ignore"``, ``"warn"`` (once for each name) or ``"raise"``.
+    """
 
-    def attach(self) -> None:
-        for part in self.net.module.modules():
-            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
+    def __init__(self, unmet: str) -> None:
+        self.unmet = unmet
+        self._told: set[str] = set()
 
-    def detach(self) -> None:
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.remove()
+    def settle(self, call: Call, lost: Iterable[str] = ()) -> None:
+        """Tells of the parameters that did not meet an operation in a call, and of those that are no longer in the module.
 
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Takes the hooks off for a while."""
-        self.detach()
-        try:
-            yield
-        finally:
-            self.attach()
-
-    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        self.depth += 1
-        if self.depth > 1:
+        Raises:
+            DrawError: if none of them did; if some did not, under ``unmet="raise"``.
+        """
+        met, sites, kind = call.met, call.sites, type(call.module).__name__
+        if self.unmet == "ignore" or (len(met) == len(sites) and not lost):
             return
-        try:
-            net, draw = self.net, self.draw
-            dim = rows_dim(part, net.batch_dim)
-            rows = count_rows(part, dim, args, kwargs)
-            if isinstance(draw, LateDraw) and not draw.started:
-                draw.start(rows)
-            require_blocks(rows, draw, dim)
-            self.placed = Placement(slots_of(net._sites), draw.slot_weights(rows, dim))
-            self.placed.note(part, args, kwargs)
-        except BaseException:
-            self.depth = 0
-            raise
-
-    def leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        self.depth = max(self.depth - 1, 0)
-        if self.depth == 0:
-            self.restore()
-
-    def restore(self) -> None:
-        if self.placed is not None:
-            self.placed.undo()
-            self.placed = None
-
-
-def slots_of(sites: Sequence[Site]) -> list[tuple[nn.Module, str]]:
-    return [slot for site in sites for slot in site.slots]
-
-
-def count_rows(module: nn.Module, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The rows of the first tensor argument on the batch dimension, or its packed sequences; one for an unbatched input."""
-    first = first_batch(args, kwargs)
-    if first is None:
-        raise BatchError(f"{type(module).__name__} was called without a tensor, so its examples cannot be counted")
-    if isinstance(first, PackedSequence):
-        return int(first.batch_sizes[0])
-    if first.dim() == unbatched_rank(module):
-        return 1
-    if first.dim() <= dim:
-        raise BatchError(
-            f"the first tensor argument of {type(module).__name__} has shape {tuple(first.shape)}, which has no dimension "
-            f"batch_dim={dim}; give it a batch dimension or name the right one"
+        if not met:
+            raise DrawError(
+                f"none of the perturbed parameters of {kind} ({_listed([site.name for site in sites])}) met an operation, so the call "
+                "had no noise: its weights are hidden from torch's operations (compiled or TorchScript code, a C++ extension, copies "
+                'made before the call), or it does not use them. Pass unmet="ignore" if that is meant'
+            )
+        absent = [site.name for i, site in enumerate(sites) if i not in met] + list(lost)
+        text = (
+            f"{_listed(absent)} of {kind} met no operation in a call, so no noise on them had an effect. Exclude them if the call does "
+            "not use them; if it does, they are hidden from torch's operations (a C++ extension, TorchScript, a part that was replaced)"
         )
-    return first.shape[dim]
+        if self.unmet == "raise":
+            raise DrawError(text)
+        if not self._told.issuperset(absent):
+            self._told.update(absent)
+            warnings.warn(text, UnmetWarning, stacklevel=5)
 
 
-def require_blocks(rows: int, draw: Draw, dim: int) -> None:
-    if draw.members is not None and (rows % draw.members or not rows):
-        raise BatchError(
-            f"the input has {rows} rows on batch_dim={dim}, which do not divide into the {draw.members} members of the held draw; "
-            f"give it {draw.members} rows, or k·{draw.members} in member-major blocks"
-        )
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+class Call(TorchFunctionMode):
+    """Runs what is inside under the weights of a draw.
+
+    Args:
+        module: whose parameters are perturbed.
+        draw: of them.
+        layout: the rows of the call's input.
+    """
+
+    def __init__(self, module: nn.Module, draw: Draw, layout: Layout) -> None:
+        super().__init__()
+        self.module, self.draw, self.layout = module, draw, layout
+        self.sites, self.tracker = draw.sites, draw.tracker
+        self.met: set[int] = set()
+        self.repeats = False
+        self._carried = False
+        self._plain = draw.is_one_weight or draw.members is None
+        self._graded = torch.is_grad_enabled()
+        self._slots = [(owner, name, i) for i, site in enumerate(self.sites) for owner, name in site.slots]
+        self._weights: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._derived: list[Any] = []
+        self._buffers: set[int] | None = None
+        self._memory: dict[int, list[tuple[int, int, int]]] | None = None
+        if not torch.compiler.is_compiling():
+            self._task = torch._C._current_graph_task_id()
+            self.regions = recompute.Regions(draw)
+        self.learn()
+
+    def learn(self) -> None:
+        """Notes what stands in the slots now."""
+        for owner, name, i in self._slots:
+            tensor = held(owner, name)
+            if tensor is not None:
+                self.tracker.note(tensor, i)
+
+    def arguments(self, args: Any, kwargs: Any) -> None:
+        """Notes the rows of the arguments of a call: of those with as many on the batch dimension as the one that counts them."""
+        dim, rows = self.layout.dim, self.layout.rows
+        if self._plain or rows is None:
+            return
+        sure = True
+        for leaf in tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence)):
+            if isinstance(leaf, PackedSequence):
+                self.tracker.note(leaf.data, _packed_rows(leaf))
+            elif isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == rows:
+                self.tracker.note(leaf, Rows(dim, rows, sure=sure))
+                sure = False
+
+    # --- operations -----------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RAW:
+            return func(*args, **kwargs)
+        self._carried = False
+        given = [self._swap(arg, func) for arg in args]
+        named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
+        if self._carried and not self._plain:
+            before, AT_HAND.tracker = AT_HAND.tracker, self.tracker
+            try:
+                result = func(*given, **named)
+            finally:
+                AT_HAND.tracker = before
+        else:
+            result = func(*given, **named)
+        if type(result) is PerturbedWeight:
+            if not torch.compiler.is_compiling():
+                self._derived.append(weakref.ref(result))
+        elif not self._plain:
+            follow(self.tracker, func, given, named, result)
+        return result
+
+    def _swap(self, value: Any, func: Any) -> Any:
+        """The argument of an operation, with carriers in place of the selected parameters."""
+        if isinstance(value, Tensor):
+            if type(value) is PerturbedWeight:
+                self._require_visible(value.origin.name, func)
+                self._carried = True
+                return value
+            fact = self.tracker.find(value)
+            if fact is UNSEEN:
+                fact = self._classify(value)
+            return self._meet(fact, value, func) if type(fact) is int else value
+        kind = type(value)
+        if kind is list or kind is tuple:
+            swapped = [self._swap(item, func) for item in value]
+            same = all(new is old for new, old in zip(swapped, value, strict=True))
+            return value if same else kind(swapped)
+        if kind is dict:
+            return {key: self._swap(item, func) for key, item in value.items()}
+        return value
+
+    def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
+        """The carrier of a parameter that an operation meets."""
+        self._carried = True
+        if torch.compiler.is_compiling():
+            self.met.add(i)
+            return self._weight(i, mean)
+        if torch._C._current_graph_task_id() != self._task and not self.repeats:
+            return mean  # the backward of an operation, whose own operands these are
+        self._require_visible(self.sites[i].name, func)
+        self.met.add(i)
+        self.regions.enter(self)
+        return self._weight(i, mean)
+
+    def _weight(self, i: int, mean: Tensor) -> Tensor:
+        key = (i, torch.is_grad_enabled())
+        made = self._weights.get(key)
+        if made is None or made[0] is not mean:
+            if torch.compiler.is_compiling():
+                weight = self.draw.carrier(i, mean, self.layout)
+            else:
+                with self.regions.unseen():
+                    weight = self.draw.carrier(i, mean, self.layout)
+            made = self._weights[key] = (mean, weight)
+        return made[1]
+
+    def _require_visible(self, name: str, func: Any) -> None:
+        """Raises where a weight has reached the forward of a custom autograd Function, into which autograd does not look."""
+        if self._graded and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and recompute.inside_function():
+            raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
+
+    # --- what a tensor is -------------------------------------------------------------------------------------------------
+
+    def _classify(self, value: Tensor) -> Any:
+        """What a tensor is that the call has not met: a parameter that was put into a slot meanwhile, or something else."""
+        if torch.compiler.is_compiling():
+            return UNSEEN
+        fact = self._fact_of(value)
+        self.tracker.note(value, fact)
+        return fact
+
+    def _fact_of(self, value: Tensor) -> Any:
+        for owner, name, i in self._slots:
+            if held(owner, name) is value:
+                return i
+        if isinstance(value, nn.Parameter):
+            return NONE
+        self._refuse_copies(value)
+        if self._buffers is None:
+            self._buffers = {id(buffer) for part in self.module.modules() for buffer in part._buffers.values() if buffer is not None}
+        return NONE if id(value) in self._buffers else UNKNOWN
+
+    def _refuse_copies(self, value: Tensor) -> None:
+        """Raises for what shares a selected parameter's memory, but is not the parameter: a view made before the call."""
+        base, inner = value._base, value
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            inner = torch._C._functorch.get_unwrapped(inner)
+        found = [self.tracker.find(t) for t in (base, inner) if t is not None and t is not value]
+        which = next((fact for fact in found if type(fact) is int), None)
+        if which is None and base is None and inner is value:
+            which = self._sharing(value)
+        if which is not None:
+            raise DrawError(
+                f"an operation met a view or a copy of the perturbed parameter {self.sites[which].name!r} that was made before the call "
+                "(a cached transpose, .detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside "
+                f"the call, or pass exclude={self.sites[which].name!r}"
+            )
+
+    def _sharing(self, value: Tensor) -> int | None:
+        """The parameter in whose memory a tensor lies."""
+        if value.device.type == "meta" or value.requires_grad or type(value) is not Tensor or value.layout != torch.strided:
+            return None
+        if self._memory is None:
+            self._memory = {}
+            for owner, name, i in self._slots:
+                tensor = held(owner, name)
+                if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided:
+                    start = tensor.data_ptr()
+                    stretch = (start, start + tensor.numel() * tensor.element_size(), i)
+                    self._memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(stretch)
+        stretches = self._memory.get(value.untyped_storage().data_ptr(), ())
+        start = value.data_ptr() if stretches else 0
+        return next((i for first, last, i in stretches if first <= start < last), None)
+
+    # --- the end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leaves no carrier in the module: hooks that compute a weight (weight_norm, prune) store it as an attribute."""
+        if torch.compiler.is_compiling() or not any(weight() is not None for weight in self._derived):
+            return
+        for part in self.module.modules():
+            for name, value in part.__dict__.items():
+                if type(value) is PerturbedWeight:
+                    part.__dict__[name] = value.mean_weight
+                elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
+                    part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
+        self._derived.clear()
+
+
+def _packed_rows(batch: PackedSequence) -> Rows:
+    device = batch.data.device
+    order = torch.cat([torch.arange(int(size), device=device) for size in batch.batch_sizes])
+    if batch.sorted_indices is not None:
+        order = batch.sorted_indices[order]
+    return Rows(0, int(batch.batch_sizes[0]), order=order)
+
+
+_HIDDEN = (
+    "it did so inside a torch.autograd.Function, whose own backward would drop the gradient. Reentrant checkpointing is one: pass "
+    'use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
+)
+
+#: What reads of a parameter nothing that noise would change, or has it for its own sake.
+_RAW = METADATA | {
+    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.data_ptr,
+    torch.Tensor.requires_grad_,
+    torch.Tensor.register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.is_shared,
+    torch.Tensor.__repr__,
+    torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]
+    getattr(torch, "_cudnn_rnn_flatten_weight", None),
+}

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.samples import Sample, Target
+from flipout.rows import Layout, Tracker
 from flipout.select import Site
-from flipout.weight import Layout, Origin, PerturbedWeight, Term
+from flipout.weight import Origin, PerturbedWeight, Term
 
 __all__ = ["Draw"]
+
+#: What a draw computes for its own purposes meets the means, also inside a call that perturbs them.
+_UNMODED = torch._C.DisableTorchFunction
 
 
 class Draw:
@@ -29,6 +36,9 @@ class Draw:
     Attributes:
         members: N, the number of different weights (None per token).
         estimator: how the members share the draw.
+        owner: the member of each row, where rows are not in member-major blocks; else None.
+        tracker: where the rows of the data stand in the calls under the draw.
+        read: whether members' weights or sums of them were asked for.
 
     Example:
         >>> import flipout
@@ -53,37 +63,51 @@ class Draw:
         generator: torch.Generator | None,
         fallback: str | None = None,
         samples: Sequence[Sample] | None = None,
+        device: torch.device | None = None,
+        owner: Tensor | None = None,
     ) -> None:
         self.members = None if estimator.per_token else members
         self.estimator = estimator
+        self.owner = owner
+        self.tracker = Tracker()
+        self.read = False
         self._module = module
         self._sites = sites
         self._log_std = log_std
         self._generator = generator
         self._fallback = fallback
-        self._samples: list[Sample] = self._sample() if samples is None else list(samples)
+        self._home: tuple[int, int | None] | None = None
+        self._samples: list[Sample] = list(samples) if samples is not None else self._sample(device)
         self._fixed: dict[int, Tensor] = {}
-        self._last: tuple[list[Any], list[Tensor]] | None = None
+        self._layouts: dict[tuple[int | None, int], Layout] = {}
+        self._carriers: dict[tuple[int, Layout], tuple[Any, Tensor]] = {}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The perturbed parameters."""
+        return tuple(self._sites)
 
     def _targets(self) -> list[Target]:
         return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self._sites]
 
-    def _sample(self) -> list[Sample]:
+    def _sample(self, device: torch.device | None) -> list[Sample]:
         targets = self._targets()
         devices = {target.mean.device for target in targets}
-        if len(devices) == 1:
+        if len(devices) == 1 and "meta" not in {d.type for d in devices}:
             return self.estimator.sample(targets, self.members, self._generator)
+        where = [_drawing_device(target, site, device, self._generator) for target, site in zip(targets, self._sites, strict=True)]
         samples: dict[str, Sample] = {}
-        for device in sorted(devices, key=str):
-            here = [target for target in targets if target.mean.device == device]
-            drawn = self.estimator.sample(here, self.members, self._generator)
+        for each in sorted(set(where), key=str):
+            here = [target for target, place in zip(targets, where, strict=True) if place == each]
+            drawn = self.estimator.sample([target.on(each) for target in here], self.members, self._generator)
             samples.update(zip((target.name for target in here), drawn, strict=True))
         return [samples[target.name] for target in targets]
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
-        site, sample = self._sites[i], self._samples[i]
+        """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn, too."""
+        site, sample = self._sites[i], self._samples[i].like(mean)
         base, source = self._fixed.get(i), None
-        if base is None:
+        if base is None or base.dtype != mean.dtype or base.device != mean.device:
             base, source = site.noise.sourced(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
             if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
                 self._fixed[i] = base  # depends on nothing that moves
@@ -91,37 +115,40 @@ class Draw:
             source = None
         return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
 
-    def carriers(self, rows: int, dim: int) -> list[Tensor]:
-        """One perturbed weight a selected parameter, for an input with ``rows`` rows on ``dim``.
+    @property
+    def is_one_weight(self) -> bool:
+        """Whether all rows see one weight (Shared, a single member): an ordinary tensor, which needs no rule."""
+        return isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members)
 
-        Where all rows see one weight (Shared, a single member) it is that weight, an ordinary tensor, and needs no rule.
-        """
-        if isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members):
-            return [_only(site.mean, self._terms(i, site.mean)) for i, site in enumerate(self._sites)]
-        layout = Layout(self.members, rows, dim)
+    def layout(self, rows: int | None, dim: int) -> Layout:
+        """Whose rows are whose in an input with ``rows`` rows on ``dim``."""
+        found = self._layouts.get((rows, dim))
+        if found is None:
+            found = self._layouts[rows, dim] = Layout(self.members, rows, dim, self.owner, followed=rows != 0)
+        return found
+
+    def carrier(self, i: int, mean: Tensor, layout: Layout) -> Tensor:
+        """The weight of the i-th selected parameter, whose mean stands as ``mean``; the last one where nothing in it has moved."""
+        if self.is_one_weight:
+            return _only(mean, self._terms(i, mean))
+        compiling = torch.compiler.is_compiling()
+        key = (mean, mean.dtype, mean.device, mean.requires_grad)  # carriers read the mean in place, but copied its metadata
+        if not compiling:
+            last = self._carriers.get((i, layout))
+            if last is not None and last[0][0] is mean and last[0][1:] == key[1:]:
+                return last[1]
+        site = self._sites[i]
         generator = None if self.estimator.has_members else self._generator
-        weights: list[Tensor] = []
-        for i, site in enumerate(self._sites):
-            mean = site.mean
-            origin = Origin(site.name, self.estimator, self._fallback, generator, [])
-            weights.append(PerturbedWeight(mean, self._terms(i, mean), layout, origin))
-        return weights
+        origin = Origin(site.name, self.estimator, self._fallback, generator, [])
+        weight = PerturbedWeight(mean, self._terms(i, mean), layout, origin)
+        if not compiling and i in self._fixed and self.estimator.has_members:
+            self._carriers[i, layout] = (key, weight)
+        return weight
 
-    def slot_weights(self, rows: int, dim: int) -> list[Tensor]:
-        """The carriers repeated for every slot of a tied parameter; those of the last call where nothing in them has moved."""
-        if torch.compiler.is_compiling():  # nothing may outlive the graph that made it
-            return [weight for site, weight in zip(self._sites, self.carriers(rows, dim), strict=True) for _ in site.slots]
-        key: list[Any] = [rows, dim]
-        for site in self._sites:  # carriers read the mean in place, but copied its metadata
-            mean = site.mean
-            key += (id(mean), mean.dtype, mean.device, mean.requires_grad)
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        weights = self.carriers(rows, dim)
-        slots = [weight for site, weight in zip(self._sites, weights, strict=True) for _ in site.slots]
-        if len(self._fixed) == len(self._sites) and isinstance(weights[0], PerturbedWeight) and self.estimator.has_members:
-            self._last = (key, slots)
-        return slots
+    def carriers(self, rows: int, dim: int) -> list[Tensor]:
+        """One perturbed weight a selected parameter, for an input with ``rows`` rows on ``dim``."""
+        layout = self.layout(rows, dim)
+        return [self.carrier(i, site.mean, layout) for i, site in enumerate(self._sites)]
 
     def weights(self, n: int) -> dict[str, Tensor]:
         """Member ``n``'s dense weights by parameter name, differentiable in the means and scales.
@@ -141,14 +168,14 @@ class Draw:
             (['bias', 'weight'], torch.Size([2, 3]))
         """
         n = self._index(n)
-        found = {}
-        for i, site in enumerate(self._sites):
-            mean = site.mean
-            terms = self._terms(i, mean)
-            if not isinstance(self.estimator, Shared):
-                terms = tuple(term.members(slice(n, n + 1)) for term in terms)
-            found[site.name] = _only(mean, terms)
-        return found
+        with _UNMODED():
+            return {site.name: self._weight(i, site.mean, n) for i, site in enumerate(self._sites)}
+
+    def _weight(self, i: int, mean: Tensor, n: int) -> Tensor:
+        terms = self._terms(i, mean)
+        if not isinstance(self.estimator, Shared):
+            terms = tuple(term.members(slice(n, n + 1)) for term in terms)
+        return _only(mean, terms)
 
     def module(self, n: int) -> nn.Module:
         """A plain copy of the module with member ``n``'s weights: no trace of flipout is left in it.
@@ -157,10 +184,9 @@ class Draw:
             MemberError, DrawError: as :meth:`weights`.
         """
         hooks = contextlib.nullcontext() if self.calls is None else self.calls.lifted()
-        with torch.no_grad():
+        with torch.no_grad(), hooks, _UNMODED():  # hooks would be copied along
             weights = self.weights(n)
-            with hooks:  # they would be copied along
-                plain = copy.deepcopy(self._module)
+            plain = copy.deepcopy(self._module, _activations(self._module))
             parameters = dict(plain.named_parameters(remove_duplicate=False))
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
@@ -179,10 +205,12 @@ class Draw:
         wanted = [self._index(n) for n in members]
         if len(set(wanted)) != len(wanted):
             raise ArgumentError(f"resample({list(members)}): each member once")
-        if wanted:
+        if not wanted:
+            return
+        with _UNMODED():
             self._samples = self.estimator.resample(self._targets(), self._samples, wanted, self._generator)
-            self._fixed.clear()
-            self._last = None
+        self._fixed.clear()
+        self._carriers.clear()
 
     def weighted_sum(self, f: Tensor) -> dict[str, Tensor]:
         """Σ_n f[n] ΔW_n by parameter name, without any member's weights in memory.
@@ -203,15 +231,25 @@ class Draw:
         if not isinstance(f, Tensor) or f.shape != (self.members,):
             found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise ArgumentError(f"weighted_sum takes one weight for each of {self.members} members, got {found}")
-        sums = {}
-        for i, site in enumerate(self._sites):
-            mean = site.mean
-            weights = f.to(dtype=mean.dtype, device=mean.device)
-            parts = [_weighted(term, weights, mean) for term in self._terms(i, mean)]
-            sums[site.name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        return sums
+        with _UNMODED():
+            return {site.name: self._sum(i, site.mean, f) for i, site in enumerate(self._sites)}
+
+    def _sum(self, i: int, mean: Tensor, f: Tensor) -> Tensor:
+        weights = f.to(dtype=mean.dtype, device=mean.device)
+        parts = [_weighted(term, weights, mean) for term in self._terms(i, mean)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def stays_in_this_thread(self) -> Draw:
+        """Ties the draw to the thread that holds it: its methods raise in any other."""
+        self._home = (os.getpid(), threading.get_ident())
+        return self
 
     def _require_members(self) -> None:
+        process, thread = self._home or (os.getpid(), None)
+        if process != os.getpid() or thread not in (None, threading.get_ident()):
+            where = "process" if process != os.getpid() else "thread"
+            raise DrawError(f"the draw is held in another {where}; hold one in this {where}, or hand over draw.weights(n)")
+        self.read = True
         if not self.estimator.has_members:
             raise DrawError(f"under {self.estimator} members have no weights of their own; hold a draw of another estimator")
 
@@ -224,6 +262,9 @@ class Draw:
         if self.members is None or not 0 <= index < self.members:
             raise MemberError(f"member {index} is out of range: the draw has members 0 to {(self.members or 0) - 1}")
         return index
+
+    def __reduce__(self) -> Any:
+        raise DrawError("a draw is held in one process and is neither copied nor pickled; hand over draw.weights(n) or draw.module(n)")
 
     def __repr__(self) -> str:
         return f"Draw(members={self.members}, estimator={self.estimator}, parameters={[s.name for s in self._sites]})"
@@ -248,3 +289,24 @@ def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     total = torch.einsum(*operands, [1 + axis for axis in axes])
     shape = [mean.shape[axis] if axis in axes else 1 for axis in range(mean.dim())]
     return (term.base * total.reshape(shape)).expand(mean.shape)
+
+
+def _drawing_device(
+    target: Target, site: Site, device: torch.device | None, generator: torch.Generator | None
+) -> torch.device:
+    """Where to draw for a parameter: on its device, unless it was put on ``meta`` until the call that needs it (offloading)."""
+    if target.mean.device.type != "meta":
+        return target.mean.device
+    if device is not None:
+        return device
+    hooks = [getattr(owner, "_hf_hook", None) for owner, _ in site.slots]  # accelerate's, which knows where the layer will run
+    runs_on = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    if runs_on is not None:
+        return torch.device(runs_on)
+    return target.mean.device if generator is None else generator.device
+
+
+def _activations(module: nn.Module) -> dict[int, Tensor]:
+    """A memo for deepcopy: the tensors with a graph that parts of a module keep as attributes, without it."""
+    kept = [value for part in module.modules() for value in tree_leaves(list(part.__dict__.values())) if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}

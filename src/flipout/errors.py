@@ -12,6 +12,7 @@ __all__ = [
     "NotFiniteError",
     "OutOfMemoryError",
     "SaveError",
+    "UnmetWarning",
     "UnsupportedNoiseError",
 ]
 
@@ -155,5 +156,14 @@ class SaveError(FlipoutError, OSError):
 
     Example:
         >>> issubclass(SaveError, OSError) and issubclass(SaveError, FlipoutError)
+        True
+    """
+
+
+class UnmetWarning(UserWarning):
+    """A perturbed parameter met no operation in a call, so that its noise had no effect.
+
+    Example:
+        >>> issubclass(UnmetWarning, UserWarning)
         True
     """

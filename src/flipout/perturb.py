@@ -1,4 +1,4 @@
-"""Making the weights of a module random: the wrapper ``Perturbed`` and the context manager ``perturbed``."""
+"""Making the weights of a module random: the wrapper ``Perturbed``."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import flipout.rules  # noqa: F401  (fills the registry)
-from flipout.calls import Calls, LateDraw, count_rows, require_blocks, slots_of
+from flipout.calls import Call, Ledger
+from flipout.compiled import run_eagerly
+from flipout.contexts import entered, setting
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.select import Site, check_generator, rows_dim, select
-from flipout.slots import Placement
+from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
+from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
+from flipout.select import Selection, Site, check_generator
 from flipout.weight import PerturbedWeight
 
-__all__ = ["Perturbed", "in_place", "perturbed"]
+__all__ = ["Perturbed"]
 
 
 class Perturbed(nn.Module):
     """Wraps a module so that every example of a batch sees its own random weights.
 
     In training mode each forward pass draws anew; in evaluation mode the module runs with its mean weights, exactly as if it
-    were not wrapped. The module itself is untouched: its parameters are the means, its ``state_dict`` is its own.
+    were not wrapped. The module itself is never touched: its parameters are the means, its ``state_dict`` is its own.
 
     Args:
         module: any module. Its parameters are the mean weights W̄.
@@ -40,6 +43,10 @@ class Perturbed(nn.Module):
         generator: source of all draws; None for torch's global generator of the parameters' device.
         fallback: None to raise MissingRuleError where a torch operation has no rule; ``"loop"`` to run such an operation once
             per member over materialised weights.
+        unmet: what to do where a selected parameter meets no operation in a call: ``"warn"`` once, ``"raise"``, or ``"ignore"``. If
+            none of them does, the call raises in either of the first two.
+        rows: the name or the position of the argument whose ``batch_dim`` counts the rows; None for the first tensor that is more
+            than a number.
 
     Raises:
         ArgumentError: for a pattern that matches nothing, a parameter that takes no noise, a generator of another device.
@@ -65,36 +72,64 @@ class Perturbed(nn.Module):
         batch_dim: int = 0,
         generator: torch.Generator | None = None,
         fallback: str | None = None,
+        unmet: str = "warn",
+        rows: str | int | None = None,
     ) -> None:
         super().__init__()
-        sites = select(module, noise, include, exclude)
+        selection = Selection(module, noise, include, exclude)
+        sites = selection.sites()
         _check_estimator(estimator, sites)
         check_generator(generator, sites)
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ArgumentError(f"batch_dim={batch_dim!r}: expected the index of a dimension, 0 or more")
         if fallback not in (None, "loop"):
             raise ArgumentError(f'fallback={fallback!r}: expected None or "loop"')
+        if unmet not in ("ignore", "warn", "raise"):
+            raise ArgumentError(f'unmet={unmet!r}: expected "ignore", "warn" or "raise"')
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, (str, int))):
+            raise ArgumentError(f"rows={rows!r}: expected the name or the position of the argument that counts the rows, or None")
         self.module = module
-        self.estimator = estimator
         self.batch_dim = rows_dim(module, batch_dim)
+        self.rows = rows
         self.generator = generator
         self.fallback = fallback
+        self.ledger = Ledger(unmet)
         self.log_std = nn.ParameterDict(
             {_key(site.name): nn.Parameter(site.noise.initial_log_std(site.mean)) for site in sites if site.noise.learnable}
         )
-        self._sites = sites
-        self._held: Draw | None = None
-        self._sampling = False
+        self._estimator = estimator
+        self._selection = selection
+        self._first = selection.names
+
+    @property
+    def estimator(self) -> Estimator:
+        """How examples share a draw, here: in this thread or async task."""
+        estimator: Estimator = setting(self, "estimator", self._estimator)
+        return estimator
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The perturbed parameters."""
-        return tuple(self._sites)
+        """The perturbed parameters, as the module stands."""
+        before = self._selection.names
+        sites = self._selection.sites()
+        if self._selection.names is not before:
+            self._check_change(sites)
+        return sites
+
+    def _check_change(self, sites: Sequence[Site]) -> None:
+        """Raises where the module has got parameters that this wrapper has no scales for."""
+        _check_estimator(self._estimator, sites)
+        new = [site.name for site in sites if site.noise.learnable and _key(site.name) not in self.log_std]
+        if new:
+            raise ArgumentError(
+                f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; wrap the "
+                "module again, so that they get scales of their own"
+            )
 
     @property
     def noises(self) -> dict[str, Noise]:
         """The noise of each perturbed parameter, by name."""
-        return {site.name: site.noise for site in self._sites}
+        return {site.name: site.noise for site in self.sites}
 
     def noise_parameters(self) -> Iterator[nn.Parameter]:
         """The learnable noise scales: one ``log_std`` tensor of the weight's shape for each learnable parameter."""
@@ -107,33 +142,55 @@ class Perturbed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. All arguments are its own."""
-        draw = self._held
+        draw: Draw | None = setting(self, "draw", None)
+        if draw is None and not (self.training or setting(self, "sampling", False)):
+            return self.module(*args, **kwargs)
+        rows = count_rows(self.module, self.batch_dim, args, kwargs, self.rows)
+        if torch.compiler.is_compiling():
+            return self._run(draw, rows, args, kwargs)
+        if not torch.is_grad_enabled() and inside_function():
+            raise DrawError(HIDDEN_CALL)
+        with run_eagerly():
+            return self._run(repeated_draw(self) or draw, rows, args, kwargs)
+
+    def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any) -> Any:
         if draw is None:
-            if not (self.training or self._sampling):
-                return self.module(*args, **kwargs)
-            rows = count_rows(self.module, self.batch_dim, args, kwargs)
-            draw = self._draw(rows, self.generator)
-        else:
-            rows = count_rows(self.module, self.batch_dim, args, kwargs)
-            require_blocks(rows, draw, self.batch_dim)
-        placed = Placement(slots_of(self._sites), draw.slot_weights(rows, self.batch_dim))
+            draw = self._draw(rows, self.generator, args, kwargs)
+        elif draw.owner is None:
+            require_blocks(rows, draw.members, self.batch_dim)
+        elif rows != len(draw.owner):
+            raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            outer_draws(self, draw)
+        call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
+        call.arguments(args, kwargs)
         try:
-            output = self.module(*args, **kwargs)
+            with call:
+                output = self.module(*args, **kwargs)
         finally:
-            placed.undo()
+            call.close()
         if type(output) is PerturbedWeight:
             raise BatchError(
                 f"{type(self.module).__name__} returned the perturbed weight {output.origin.name!r} {tuple(output.shape)} itself, "
                 "which has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
             )
+        if not compiling:
+            self.ledger.settle(call, self._lost())
         return output
 
-    def _draw(self, members: int, generator: torch.Generator | None) -> Draw:
-        return Draw(self.module, self._sites, self.scales, self.estimator, members, generator, self.fallback)
+    def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
+        first = first_batch(args, kwargs or {})
+        device = None if first is None else getattr(first, "data", first).device
+        return Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
+
+    def _lost(self) -> list[str]:
+        """The parameters that were perturbed when the module was wrapped and are no longer in it."""
+        return [name for name in self._first if name not in self._selection.names]
 
     @contextmanager
     def sampling(self) -> Iterator[Perturbed]:
-        """Samples weights in evaluation mode as well.
+        """Samples weights in evaluation mode as well, in this thread or async task.
 
         Example:
             >>> import torch, flipout
@@ -143,65 +200,102 @@ class Perturbed(nn.Module):
             >>> torch.equal(*y)
             False
         """
-        before, self._sampling = self._sampling, True
-        try:
+        with entered(self, "sampling", True):
             yield self
-        finally:
-            self._sampling = before
 
     @contextmanager
     def using(self, estimator: Estimator) -> Iterator[Perturbed]:
-        """Uses another estimator for the same weights and noise.
+        """Uses another estimator for the same weights and noise, in this thread or async task.
 
         Raises:
             UnsupportedNoiseError: if it cannot serve the noise.
             DrawError: while a draw is held, since a draw belongs to its estimator.
         """
-        _check_estimator(estimator, self._sites)
-        if self._held is not None:
-            raise DrawError(f"a draw of {self._held.estimator} is held; switch the estimator outside hold()")
-        before, self.estimator = self.estimator, estimator
-        try:
+        _check_estimator(estimator, self.sites)
+        draw: Draw | None = setting(self, "draw", None)
+        if draw is not None:
+            raise DrawError(f"a draw of {draw.estimator} is held; switch the estimator outside hold()")
+        with entered(self, "estimator", estimator):
             yield self
-        finally:
-            self.estimator = before
 
     @contextmanager
-    def hold(self, members: int, generator: torch.Generator | None = None) -> Iterator[Draw]:
+    def hold(self, members: int, generator: torch.Generator | None = None, owner: Tensor | None = None) -> Iterator[Draw]:
         """Holds one draw: every call inside sees the same N weights, in training and in evaluation mode.
 
-        Inputs have ``members`` rows, or ``k * members`` in member-major blocks: rows 0 to k-1 are member 0.
+        Inputs have ``members`` rows, or ``k * members`` in member-major blocks: rows 0 to k-1 are member 0. Where examples have
+        several rows of their own, such as the nodes of graphs, ``owner`` says which member each row has. The draw is held in this
+        thread or async task.
 
         Args:
             members: N, at least 1.
             generator: source of this draw and of its resampling; None for the wrapper's own.
+            owner: int64 ``[rows]``, the member of each row of the inputs; None for member-major blocks.
 
         Yields:
             The :class:`flipout.Draw`.
 
         Raises:
-            ArgumentError: if ``members`` is not a positive integer or the generator is of another device.
+            ArgumentError: if ``members`` is not a positive integer, the generator is of another device, or ``owner`` names no members.
             DrawError: if a draw is already held.
             BatchError: from calls whose rows do not divide into the members.
+
+        Example:
+            >>> import torch, flipout
+            >>> net = flipout.Perturbed(torch.nn.Linear(2, 1), flipout.Gaussian(0.1))
+            >>> with net.hold(members=2, owner=torch.tensor([0, 0, 1])) as draw:
+            ...     y = net(torch.ones(3, 2))
+            >>> torch.equal(y[0], y[1]), torch.equal(y[0], y[2])
+            (True, False)
         """
-        members = _member_count(members)
-        check_generator(generator, self._sites)
-        if self._held is not None:
+        if setting(self, "draw", None) is not None:
             raise DrawError("a draw is already held; leave the outer hold() first, or resample() its members")
-        draw = self._draw(members, self.generator if generator is None else generator)
-        self._held = draw
-        try:
+        draw = self.draw(members, generator, owner).stays_in_this_thread()
+        with entered(self, "draw", draw):
             yield draw
-        finally:
-            self._held = None
+
+    def draw(self, members: int, generator: torch.Generator | None = None, owner: Tensor | None = None) -> Draw:
+        """Makes a draw without holding it; :meth:`under` runs calls under it, as often and in whatever thread it is needed.
+
+        Args, errors: as for :meth:`hold`.
+
+        Example:
+            >>> import torch, flipout
+            >>> net, x = flipout.Perturbed(torch.nn.Linear(2, 1), flipout.Gaussian(0.1)), torch.ones(3, 2)
+            >>> draw = net.draw(members=3)
+            >>> with net.under(draw):
+            ...     first = net(x)
+            >>> with net.under(draw):
+            ...     torch.equal(net(x), first)
+            True
+        """
+        members = member_count(members)
+        check_generator(generator, self.sites)
+        draw = self._draw(members, self.generator if generator is None else generator)
+        if owner is not None:
+            draw.owner = checked_owner(owner, members)
+        return draw
+
+    @contextmanager
+    def under(self, draw: Draw) -> Iterator[Draw]:
+        """Runs the calls inside under a draw of this net.
+
+        Raises:
+            DrawError: if the draw is of another module, or one is already held.
+        """
+        if draw._module is not self.module:
+            raise DrawError("the draw is of another module; make it with the draw() of the same wrapper")
+        if setting(self, "draw", None) is not None:
+            raise DrawError("a draw is already held; leave the outer context first")
+        with entered(self, "draw", draw):
+            yield draw
 
     def extra_repr(self) -> str:
-        laws = sorted({str(site.noise) for site in self._sites})
-        return f"{', '.join(laws)}, {self.estimator}, {len(self._sites)} parameters"
+        sites = self.sites
+        laws = sorted({str(site.noise) for site in sites})
+        return f"{', '.join(laws)}, {self.estimator}, {len(sites)} parameters"
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state["_held"] = None
         if self.generator is not None:  # generators neither pickle nor deepcopy on every supported torch
             state["generator"] = (self.generator.device, self.generator.get_state())
         return state
@@ -212,65 +306,6 @@ class Perturbed(nn.Module):
             state = {**state, "generator": torch.Generator(device=device)}
             state["generator"].set_state(words)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def perturbed(
-    module: nn.Module,
-    noise: Noise | Mapping[str, Noise],
-    estimator: Estimator = Flipout(),  # noqa: B008  (frozen)
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = (),
-    batch_dim: int = 0,
-    generator: torch.Generator | None = None,
-    fallback: str | None = None,
-    members: int | None = None,
-) -> Iterator[Draw]:
-    """Perturbs a module in place for a while: for loops that own the model and cannot be handed a wrapper.
-
-    One draw is made and held, whatever the module's mode, for every call of the module or of any part of it inside the context.
-    Between calls its parameters are its own, so optimisers, clipping and checkpoints see nothing unusual.
-
-    Args:
-        module, noise, estimator, include, exclude, batch_dim, generator, fallback: as in :class:`Perturbed`.
-        members: N. None takes the number of rows of the first call.
-
-    Yields:
-        The :class:`flipout.Draw`; with ``members=None`` its members are known after the first call.
-
-    Raises:
-        ArgumentError: for learnable noise, whose scales need a :class:`Perturbed` to live in; else as in ``Perturbed``.
-
-    Example:
-        >>> import torch, flipout
-        >>> layer = torch.nn.Linear(4, 3)
-        >>> with flipout.perturbed(layer, flipout.Gaussian(0.1)) as draw:
-        ...     y = layer(torch.ones(2, 4))
-        >>> torch.equal(*y), draw.members
-        (False, 2)
-    """
-    net = Perturbed(module, noise, estimator, include, exclude, batch_dim, generator, fallback)
-    if any(site.noise.learnable for site in net._sites):
-        raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
-    draw = LateDraw(net, None if members is None else _member_count(members))
-    with in_place(net, draw):
-        yield draw
-
-
-@contextmanager
-def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
-    """Perturbs ``net.module`` itself by a draw of it, at every call of the module or of a part of it inside the context.
-
-    Between calls its parameters are its own. While the context lasts, ``draw.module(n)`` takes the hooks off for its copy.
-    """
-    calls = draw.calls = Calls(net, draw)
-    calls.attach()
-    try:
-        yield
-    finally:
-        draw.calls = None
-        calls.detach()
-        calls.restore()
 
 
 class _Scales(Mapping[str, torch.Tensor]):
@@ -302,7 +337,25 @@ def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
         estimator.check(site.noise, site.name)
 
 
-def _member_count(members: Any) -> int:
+def member_count(members: Any) -> int:
+    """The value, if it is a number of members.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
     if isinstance(members, bool) or not isinstance(members, int) or members < 1:
         raise ArgumentError(f"members={members!r}: expected a positive number of members")
     return members
+
+
+def checked_owner(owner: Any, members: int) -> Tensor:
+    """The value, if it names the member of each row.
+
+    Raises:
+        ArgumentError: if it does not.
+    """
+    good = isinstance(owner, Tensor) and owner.dim() == 1 and not owner.is_floating_point() and owner.dtype != torch.bool
+    if not good or (owner.numel() and not (0 <= int(owner.min()) and int(owner.max()) < members)):
+        found = f"{owner.dtype} {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
+        raise ArgumentError(f"owner={found}: expected one member index for each row, whole numbers from 0 to {members - 1}")
+    return owner.long()

@@ -28,6 +28,11 @@ class Target:
     axes: tuple[int, ...]
     matrix: str | None = None
 
+    def on(self, device: torch.device) -> Target:
+        """The target as if its mean stood on ``device``, for a draw that needs nothing but its shape."""
+        here = self.mean.device == device
+        return self if here else replace(self, mean=torch.empty((), dtype=self.mean.dtype, device=device).expand(self.mean.shape))
+
     def signs(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Axes and sizes of each sign factor: one an axis, or one number for a scalar."""
         return [((axis,), (self.mean.shape[axis],)) for axis in self.axes] or [((), ())]
@@ -48,6 +53,15 @@ class Sample:
     factors: tuple[tuple[Factor, ...], ...] = ((),)
     per_member: bool = False
     scaled: bool = False
+
+    def like(self, mean: Tensor) -> Sample:
+        """The sample in the dtype and on the device of a mean."""
+        if self.unit.dtype == mean.dtype and self.unit.device == mean.device:
+            return self
+        factors = tuple(
+            tuple(replace(f, values=None if f.values is None else f.values.to(mean.device)) for f in term) for term in self.factors
+        )
+        return replace(self, unit=self.unit.to(dtype=mean.dtype, device=mean.device), factors=factors)
 
     def with_members(self, members: Sequence[int], fresh: Sample) -> Sample:
         """The sample with the given members' draws replaced by the rows of ``fresh``."""

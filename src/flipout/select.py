@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
 from flipout.noise import Noise
 
-__all__ = ["Site", "select"]
+__all__ = ["Selection", "Site", "check_generator", "held", "select"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,10 +44,81 @@ class Site:
     @property
     def mean(self) -> Tensor:
         """The parameter as it stands now."""
-        owner, attribute = self.slots[0]
-        parameter = owner._parameters[attribute]
+        parameter = held(*self.slots[0])
         assert parameter is not None
         return parameter
+
+
+def held(owner: nn.Module, attribute: str) -> Tensor | None:
+    """What stands at a slot: a parameter, or the tensor that something (FSDP, for one) has put in its place."""
+    parameter = owner._parameters.get(attribute)
+    if parameter is None:
+        parameter = owner.__dict__.get(attribute)
+    return parameter if isinstance(parameter, Tensor) else None
+
+
+class Selection:
+    """The selected parameters of a module, as the module stands.
+
+    Parts may be replaced, parameters tied or put elsewhere after the selection was made: :meth:`sites` looks again where the tree of
+    modules, the names of parameters or what is tied to what has changed.
+
+    Args:
+        module, noise, include, exclude: as for :func:`select`.
+    """
+
+    def __init__(
+        self, module: nn.Module, noise: Noise | Mapping[str, Noise], include: str | Iterable[str], exclude: str | Iterable[str]
+    ) -> None:
+        kept = (include if isinstance(include, str) else list(include), exclude if isinstance(exclude, str) else list(exclude))
+        self._arguments = (module, noise, *kept)
+        self._look()
+
+    def sites(self) -> tuple[Site, ...]:
+        """The selected parameters as they stand now; the same tuple as long as nothing has changed.
+
+        Raises:
+            ArgumentError: as :func:`select`, for a module that has become another.
+        """
+        if not torch.compiler.is_compiling() and not self._stands():
+            self._look()
+        return self._sites
+
+    def _look(self) -> None:
+        self._sites = tuple(select(*self._arguments))
+        self.names = tuple(site.name for site in self._sites)
+        modules = list(self._arguments[0].modules())
+        self._parts = [(part._modules, tuple(part._modules.items())) for part in modules if part._modules]
+        self._names = [(part._parameters, frozenset(part._parameters)) for part in modules if part._parameters]
+        self._slots = [(part, name) for part in modules for name, value in part._parameters.items() if value is not None]
+        self._seen: list[Any] = []
+        self._shape = self._ties()
+
+    def _ties(self) -> list[Any]:
+        """The shape of each parameter, and the first slot that holds the same one."""
+        held_now = [held(*slot) for slot in self._slots]
+        self._seen = [None if tensor is None else weakref.ref(tensor) for tensor in held_now]
+        first: dict[int, int] = {}
+        return [(first.setdefault(id(t), i), None if t is None else t.shape) for i, t in enumerate(held_now)]
+
+    def _stands(self) -> bool:
+        for modules, items in self._parts:
+            if len(modules) != len(items) or any(modules.get(name) is not part for name, part in items):
+                return False
+        if any(not known.issuperset(parameters) for parameters, known in self._names):
+            return False
+        for (owner, name), seen in zip(self._slots, self._seen, strict=True):
+            now = owner._parameters.get(name)
+            if now is None or seen is None or seen() is not now:
+                return self._ties() == self._shape
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arguments": self._arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._look()
 
 
 def select(
@@ -79,8 +152,9 @@ def select(
         if chosen is None:
             continue
         slots = tuple((owner, attribute) for _, owner, attribute in found)
-        _require_real(own[0], slots[0][0]._parameters[slots[0][1]])
-        _require_shape(own[0], chosen, slots[0][0]._parameters[slots[0][1]])
+        parameter = held(*slots[0])
+        _require_real(own[0], parameter)
+        _require_shape(own[0], chosen, parameter)
         _require_python(own[0], slots)
         sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own)))
     if not sites:
@@ -205,43 +279,6 @@ def _sign_axes(slots: Iterable[tuple[nn.Module, str]]) -> tuple[int, ...]:
             found = {0, 1}
         axes = found if axes is None else axes & found
     return tuple(sorted(axes or ()))
-
-
-def unbatched_rank(module: nn.Module) -> int | None:
-    """The rank of one example without a batch dimension, where the first layer tells; else None."""
-    module = _first_layer(module)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return len(module.kernel_size) + 1
-    if isinstance(module, (nn.Linear, nn.RNNCellBase)):
-        return 1
-    return 2 if isinstance(module, (nn.RNNBase, nn.MultiheadAttention, *_TRANSFORMERS)) else None
-
-
-def rows_dim(module: nn.Module, batch_dim: int) -> int:
-    """The dimension that counts the examples: a recurrent or attention module's own ``batch_first``, else ``batch_dim``."""
-    module = _first_layer(module)
-    while isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        module = module.layers[0]
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        module = module.self_attn
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention, nn.Transformer)):
-        return 0 if module.batch_first else 1
-    return batch_dim
-
-
-def _first_layer(module: nn.Module) -> nn.Module:
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
-    return module
-
-
-_TRANSFORMERS = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
 
 
 def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) -> None:

@@ -1,4 +1,4 @@
-"""What a perturbation is made of: bases, the factors that make them differ per member, and whose rows are whose."""
+"""What a perturbation is made of: bases, and the factors that make them differ per member."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flipout.errors import BatchError, DrawError
+from flipout.errors import DrawError
 from flipout.noise import Source
 from flipout.signs import pack, unpack
 
-__all__ = ["Factor", "Layout", "Term"]
+__all__ = ["Factor", "Term"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,55 +115,3 @@ class Term:
     def map(self, function: Callable[[Tensor], Tensor]) -> Term:
         """The term with a function of each entry applied to its base."""
         return Term(function(self.base), self.factors, self.per_member)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which rows of a tensor belong to which member.
-
-    Attributes:
-        members: N, the number of different weights; None where each token draws its own (``granularity="token"``).
-        rows: the rows of the module's own input on ``dim``: a multiple of N, in member-major blocks; None if unknown.
-        dim: the batch dimension of the module's own input.
-    """
-
-    members: int | None
-    rows: int | None
-    dim: int
-
-    def locate(self, x: Tensor, features: int, what: str) -> tuple[Tensor, int]:
-        """Finds the axis of ``x`` that holds the rows, given that its last ``features`` axes hold none.
-
-        An operand that all examples share (size 1 there) is expanded to the rows.
-
-        Returns:
-            ``x`` and the axis; the axis has ``k * members`` rows in member-major blocks.
-
-        Raises:
-            BatchError: if no axis can hold the rows.
-        """
-        members, rows, dim = self.members, self.rows, self.dim
-        free = x.dim() - features
-        if members is None:
-            raise BatchError(
-                f'{what} has no weights per token; granularity="token" serves linear, embedding and pointwise operations'
-            )
-        if dim < free:
-            size = x.shape[dim]
-            if size == rows or (rows is None and size % members == 0):
-                return x, dim
-            if size == 1 and rows is not None:
-                return x.expand(*x.shape[:dim], rows, *x.shape[dim + 1 :]), dim
-        if free == 1:  # folded (batch·time), or a batch-second model that kept one row per example
-            size, step = x.shape[0], rows or members
-            if size == step or (dim == 0 and step and size % step == 0):
-                return x, 0
-            if size == 1 and rows is not None:
-                return x.expand(rows, *x.shape[1:]), 0
-        raise BatchError(
-            f"{what} got an input of shape {tuple(x.shape)}, whose rows cannot be matched to the draw: the module's own "
-            f"input has {rows if rows is not None else 'k·' + str(members)} rows on batch_dim={dim}, for {members} members. "
-            "An operation's input must have these rows on batch_dim, or be 2-D with a multiple of them (batch·time, "
-            'member-major). Name the right batch_dim, exclude the parameter, or use Flipout(granularity="token") where '
-            "rows are routed among examples"
-        )

@@ -12,7 +12,6 @@ everything that models do to a weight before they use it (see ``rules/structure.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +21,11 @@ from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
 from flipout.registry import find_rule
+from flipout.rows import NONE, UNKNOWN, UNSEEN, Layout, Rows
 from flipout.signs import draw_bits
-from flipout.terms import Factor, Layout, Term
+from flipout.terms import Factor, Term
 
-__all__ = ["Factor", "Layout", "PerturbedWeight", "Term"]
+__all__ = ["METADATA", "Factor", "Layout", "Origin", "PerturbedWeight", "Term", "carriers_in", "missing_rule", "operation_name"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,6 @@ class PerturbedWeight(torch.Tensor):
         self.terms = terms
         self.batch = layout
         self.origin = origin
-        self.recorded = torch.is_grad_enabled()
 
     def replace(self, mean: Tensor, terms: Sequence[Term]) -> PerturbedWeight:
         """The same members with another mean and other terms."""
@@ -93,6 +92,43 @@ class PerturbedWeight(torch.Tensor):
     def map(self, function: Callable[[Tensor], Tensor]) -> PerturbedWeight:
         """The carrier with a linear function of each entry applied."""
         return self.replace(function(self.mean_weight), [term.map(function) for term in self.terms])
+
+    def where(self, x: Tensor, features: int, what: str) -> tuple[Tensor, Rows]:
+        """Where the rows of ``x`` stand: see :meth:`flipout.rows.Layout.where`."""
+        return self.batch.where(x, features, what)
+
+    def moved(self, x: Tensor, y: Tensor, axis: Callable[[int], int] = lambda axis: axis) -> Tensor:
+        """Follows the rows of an operand ``x`` into ``y``, which a rule has made of it.
+
+        Args:
+            x: the operand, as the rule was given it.
+            y: what the rule hands on.
+            axis: which axis of ``y`` an axis of ``x`` has become.
+
+        Returns:
+            ``y``.
+        """
+        tracker = self.batch.tracker
+        if tracker is not None and self.batch.place is None:
+            fact = tracker.consult(x)
+            tracker.note(y, fact._replace(axis=axis(fact.axis)) if isinstance(fact, Rows) else UNKNOWN if fact is UNSEEN else fact)
+        return y
+
+    def at(self, place: Rows) -> PerturbedWeight:
+        """The carrier for an operand whose rows stand at ``place``: its axis has ``k * members`` rows in member-major blocks.
+
+        Where they stand in another order, each entry of the axis becomes a member of its own.
+        """
+        layout, size = self.batch, place.size
+        if layout.members is None:
+            return self
+        index = layout.index(place)
+        if index is None:
+            there = Layout(layout.members, size, place.axis, place=Rows(place.axis, size))
+            return PerturbedWeight(self.mean_weight, self.terms, there, self.origin)
+        index = index.to(self.mean_weight.device)
+        there = Layout(len(index), len(index), place.axis, place=Rows(place.axis, len(index)))
+        return PerturbedWeight(self.mean_weight, tuple(term.members(index) for term in self.terms), there, self.origin)
 
     def dense(self) -> Tensor:
         """The weights of all members, ``[N, *shape]``; costs N times the weight's memory."""
@@ -174,14 +210,12 @@ class PerturbedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         carrier = next((a for a in args if type(a) is PerturbedWeight), None)
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
-        if carrier.recorded and not torch.is_grad_enabled() and _inside_autograd_function():
-            raise missing_rule(func, carrier, args, _HIDDEN)
         if "out" in kwargs:
             if kwargs["out"] is not None:
                 raise missing_rule(func, carrier, args, "out= would write each example's result into one tensor")
@@ -206,21 +240,6 @@ class PerturbedWeight(torch.Tensor):
         raise missing_rule(func, next(carriers_in((args, kwargs or {}))), args)
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_HIDDEN = (
-    "it did so inside a torch.autograd.Function, whose own backward would drop the gradient (reentrant checkpointing is one: "
-    "take use_reentrant=False, under flipout.perturbed)"
-)
-
-
-def _inside_autograd_function() -> bool:
-    """Whether the caller runs in the forward of a custom autograd Function, which autograd does not look into."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
-
-
 def carriers_in(tree: Any) -> Iterator[PerturbedWeight]:
     """The carriers among the arguments of an operation, in order."""
     if isinstance(tree, PerturbedWeight):
@@ -243,12 +262,17 @@ def operation_name(func: Any) -> str:
 
 def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") -> MissingRuleError:
     """The error for an operation that met a carrier and has no rule."""
+    return missing_rule_for(func, carrier.origin.name, carrier.origin.estimator, args, why)
+
+
+def missing_rule_for(func: Any, parameter: str, estimator: Any, args: Any, why: str = "") -> MissingRuleError:
+    """As :func:`missing_rule`, for a parameter that has no carrier (all members share one weight)."""
     name = operation_name(func)
     shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
-    reason = why or f"no rule says how it acts on a weight that differs per example (under {carrier.origin.estimator})"
+    reason = why or f"no rule says how it acts on a weight that differs per example (under {estimator})"
     return MissingRuleError(
-        f"{name} met the perturbed parameter {carrier.origin.name!r} (argument shapes {shapes}), and {reason}. Noise is never "
-        f"dropped in silence: pass exclude={carrier.origin.name!r} to leave this parameter unperturbed, write a rule with "
+        f"{name} met the perturbed parameter {parameter!r} (argument shapes {shapes}), and {reason}. Noise is never "
+        f"dropped in silence: pass exclude={parameter!r} to leave this parameter unperturbed, write a rule with "
         f'@flipout.rule({name}, ...), or pass fallback="loop" to run the operation once per member'
     )
 
@@ -267,34 +291,69 @@ def loop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """
     carrier = next(carriers_in((args, kwargs)))
     layout = carrier.batch
-    members, dim = layout.members, layout.dim
+    members = layout.members
     if not members:
         raise missing_rule(func, carrier, args, "the loop over members needs at least one member")
-    rows = layout.rows
-    seen = []
+    places = {id(x): _place(x, layout) for x in tensors_in((args, kwargs)) if not isinstance(x, PerturbedWeight)}
+    rows = {key: place for key, place in places.items() if place is not None}
+    if not rows and members > 1:
+        raise missing_rule(func, carrier, args, "none of its other arguments has the batch's rows to loop over")
 
-    def has_rows(value: Tensor) -> bool:
-        if value.dim() <= dim or value.shape[dim] % members:
-            return False
-        return value.shape[dim] == rows if rows is not None else True
+    def entries(place: Rows, n: int) -> Tensor:
+        owner = layout.index(place)
+        if owner is None:
+            step = place.size // members
+            return torch.arange(n * step, (n + 1) * step, device=carrier.device)
+        return (owner == n).nonzero().flatten()
 
     def of_member(value: Any, n: int) -> Any:
         if isinstance(value, PerturbedWeight):
             return value.member(n)
-        if isinstance(value, Tensor) and has_rows(value):
-            seen.append(True)
-            step = value.shape[dim] // members
-            return value.narrow(dim, n * step, step)
+        if isinstance(value, Tensor):
+            place = rows.get(id(value))
+            return value if place is None else value.index_select(place.axis, entries(place, n).to(value.device))
         if isinstance(value, (list, tuple)):
             return type(value)(of_member(item, n) for item in value)
         return value
 
     outputs = [func(*(of_member(a, n) for a in args), **{k: of_member(v, n) for k, v in kwargs.items()}) for n in range(members)]
-    if not seen and members > 1:
-        raise missing_rule(func, carrier, args, "none of its other arguments has the batch's rows to loop over")
-    if not all(isinstance(output, Tensor) and output.dim() > dim for output in outputs):
+    first = next(iter(rows.values()), Rows(layout.dim, members))
+    axis = first.axis if all(isinstance(y, Tensor) and y.dim() > first.axis for y in outputs) else layout.dim
+    if not all(isinstance(output, Tensor) and output.dim() > axis for output in outputs):
         raise missing_rule(func, carrier, args, "its result has no batch dimension to join members on")
-    return torch.cat(outputs, dim)
+    joined = torch.cat(outputs, axis)
+    if layout.index(first) is not None and joined.shape[axis] == first.size:  # back into the order of the rows
+        order = torch.cat([entries(first, n) for n in range(members)])
+        joined = joined.index_select(axis, torch.argsort(order).to(joined.device))
+    if layout.tracker is not None and joined.shape[axis] == first.size:
+        layout.tracker.landed = first._replace(axis=axis)
+    return joined
+
+
+def _place(x: Tensor, layout: Layout) -> Rows | None:
+    """Where an operand of the loop has its rows; None if it has none."""
+    fact = layout.known(x)
+    if isinstance(fact, Rows):
+        return fact
+    if fact is NONE:
+        return None
+    if isinstance(fact, tuple):
+        return layout.where(x, 0, "the loop over members")[1]
+    dim, rows, members = layout.dim, layout.rows, layout.members or 1
+    if x.dim() <= dim or x.shape[dim] % members or (rows is not None and x.shape[dim] != rows):
+        return None
+    return Rows(dim, x.shape[dim])
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operation, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(tuple(tree.values()))
 
 
 def _metadata() -> frozenset[Any]:
@@ -308,4 +367,4 @@ def _metadata() -> frozenset[Any]:
     return frozenset([*reads, torch.is_floating_point, torch.is_complex, torch.numel])
 
 
-_METADATA = _metadata()
+METADATA = _metadata()

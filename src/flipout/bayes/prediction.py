@@ -211,7 +211,7 @@ def sample_outputs(
     if not isinstance(x, Tensor) or x.dim() <= net.batch_dim:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ArgumentError(f"predict: x is {shape}; expected a tensor with the examples on dimension {net.batch_dim}")
-    weights = sum(site.mean.numel() for site in net._sites)
+    weights = sum(site.mean.numel() for site in net.sites)
     most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
     with torch.no_grad(), _evaluating(net):
         try:

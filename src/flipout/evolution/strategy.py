@@ -20,7 +20,8 @@ from flipout.evolution.members import Members
 from flipout.evolution.population import Population, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.noise import Gaussian, Rademacher
-from flipout.perturb import Perturbed, in_place
+from flipout.in_place import in_place
+from flipout.perturb import Perturbed
 
 __all__ = ["Evaluate", "EvolutionStrategy", "Std"]
 

@@ -10,7 +10,6 @@ axis 1, wherever the module around it has them.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from torch.nn import functional as F
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.registry import rule
+from flipout.rows import NONE, Mixed, Rows
 from flipout.rules.axes import take
-from flipout.rules.pointwise import per_row
+from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, carriers_in, missing_rule
 
 __all__ = ["attend"]
@@ -61,7 +61,7 @@ def multi_head_attention(
         weights[0] = None
     everything = (*weights, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias)
     batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[attr-defined]
-    _require_rows(query, key, value, everything)
+    place = _rows_of_operands(query, key, value, everything)
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise ValueError(
             f"attention of {embed_dim_to_check} features and {num_heads} heads got queries of shape {tuple(query.shape)}"
@@ -70,7 +70,7 @@ def multi_head_attention(
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     # rows first from here on: [N, L, E]
-    *projections, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias = (_rows_first(w) for w in everything)
+    *projections, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias = (_rows_first(w, place) for w in everything)
     q, k, v = _project(_swapped(query, key, value), projections, in_proj_bias)
     own = k.shape[1] if static_k is None else static_k.shape[1]
     if bias_k is not None:
@@ -116,31 +116,44 @@ def attend(
     return torch.matmul(probabilities, v), probabilities
 
 
-def _require_rows(query: Tensor, key: Tensor, value: Tensor, weights: tuple[Any, ...]) -> None:
-    """Raises where the rows of the operands are not the members' rows."""
+def _rows_of_operands(query: Tensor, key: Tensor, value: Tensor, weights: tuple[Any, ...]) -> Rows | None:
+    """Where the rows of queries, keys and values ``[L, N, E]`` stand on axis 1; None where signs are drawn per token.
+
+    Raises:
+        BatchError: where the rows of the operands are not the members' rows.
+    """
     some = next(carriers_in(weights), None)
     if some is None:  # the operands themselves are carriers
         found = next(carriers_in((query, key, value)))
         raise missing_rule(F.multi_head_attention_forward, found, (query, key, value), "it stands where the data should")
     layout = some.batch
     if layout.members is None:
-        return
-    rows = {operand.shape[1] if operand.dim() == 3 else 1 for operand in (query, key, value)} - {1}
-    allowed = {layout.rows} if layout.rows is not None else {r for r in rows if r % layout.members == 0}
-    if rows - allowed or query.dim() == 2:
-        raise BatchError(
-            f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
-            f"batch_dim={layout.dim} for {layout.members} members; pass the batch_dim of the examples (1 where a module has "
-            " batch_first=False), and give unbatched input a batch dimension"
-        )
+        return None
+    operands = [operand for operand in (query, key, value) if operand.dim() == 3]
+    facts = [layout.known(operand) for operand in operands]
+    places = [fact for fact in facts if isinstance(fact, Rows)]
+    mixed = [fact for fact in facts if isinstance(fact, Mixed) and fact is not NONE]
+    rows = {operand.shape[1] for operand in operands} - {1}
+    if not places and not mixed and query.dim() == 3:
+        allowed = {layout.rows} if layout.rows is not None else {r for r in rows if r % layout.members == 0}
+        if not rows - allowed:
+            size = layout.rows or next(iter(rows), layout.members)
+            return Rows(1, size)
+    if places and not mixed and query.dim() == 3 and all(place.axis == 1 and place.same(places[0]) for place in places):
+        return places[0]
+    raise BatchError(
+        f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
+        f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
+        f"batch_dim={layout.dim} for {layout.members} members{''.join(': an operand ' + m.why for m in mixed)}; pass the batch_dim of "
+        "the examples (1 where a module has batch_first=False), and give unbatched input a batch dimension"
+    )
 
 
-def _rows_first(weight: Any) -> Any:
+def _rows_first(weight: Any, place: Rows | None) -> Any:
     """The carrier for operands whose axis 0 holds the rows."""
-    if not isinstance(weight, PerturbedWeight) or weight.batch.dim == 0:
+    if not isinstance(weight, PerturbedWeight) or place is None:
         return weight
-    return PerturbedWeight(weight.mean_weight, weight.terms, replace(weight.batch, dim=0), weight.origin)
+    return weight.at(place._replace(axis=0))
 
 
 def _swapped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization, LowRank
 from flipout.modes import autocast, composed
 from flipout.registry import rule
-from flipout.rules.pointwise import per_row
+from flipout.rules.per_row import per_row
 from flipout.weight import Factor, PerturbedWeight, Term, require_data
 
 __all__ = ["Geometry", "convolve"]
@@ -96,9 +96,8 @@ def convolve(x: Tensor, weight: Any, bias: Any, geometry: Geometry, what: str) -
             f"{what} met {some.origin.name!r} with an unbatched input of shape {tuple(x.shape)}, but the draw has "
             f"{some.batch.members} members; add a batch dimension"
         )
-    if some.batch.dim != 0:
-        raise BatchError(f"{what} takes its rows on axis 0, but batch_dim={some.batch.dim}; pass batch_dim=0")
-    x, _ = some.batch.locate(x, x.dim() - 1, what)
+    x, place = some.where(x, x.dim() - 1, what)
+    weight, bias = (p.at(place) if isinstance(p, PerturbedWeight) else p for p in (weight, bias))
     plain_bias = None if isinstance(bias, PerturbedWeight) else bias
     if isinstance(weight, PerturbedWeight):
         y = _perturbed_kernel(x, weight, plain_bias, geometry)

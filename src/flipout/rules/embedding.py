@@ -17,6 +17,8 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
 from flipout.modes import transformed
 from flipout.registry import rule
+from flipout.rows import NONE, Rows
+from flipout.rules.axes import reshape, take
 from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
 from flipout.weight import Layout, PerturbedWeight, Term, carriers_in, missing_rule, require_data
@@ -41,7 +43,11 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int
     if weight.batch.members is None:
         flat = indices.reshape(-1)
         return lookup(flat, weight.for_tokens(flat.numel()), read, padding_idx).view(*indices.shape, *weight.mean_weight.shape[1:])
-    indices, axis = _rows_of(indices, weight)
+    if weight.batch.known(indices) is NONE and 1 not in indices.shape[:1]:  # positions: a part of the table, which is a weight
+        part = take(weight, 0, indices.flatten())
+        return reshape(part, (*indices.shape, *part.mean_weight.shape[1:]))
+    indices, place = weight.where(indices, 0, "a lookup")
+    weight, axis = weight.at(place), place.axis
     rows = indices.shape[axis]
     y: Tensor = read(indices, weight.mean_weight)
     if not rows:
@@ -53,33 +59,6 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int
             value = torch.where(padded.unsqueeze(-1), value.detach(), value)
         y = y + value
     return y
-
-
-def _rows_of(indices: Tensor, weight: PerturbedWeight) -> tuple[Tensor, int]:
-    """The indices and their axis of rows."""
-    layout, name = weight.batch, weight.origin.name
-    try:
-        if not _positions(indices, layout):
-            return layout.locate(indices, 0, "a lookup")
-    except BatchError:
-        pass
-    raise BatchError(
-        f"{name!r} is looked up at indices of shape {tuple(indices.shape)}, which have no batch dimension: the module's own "
-        f"input has {layout.rows} rows on batch_dim={layout.dim}, so whose weights to read cannot be told (positions that all "
-        f"examples share need a batch dimension of 1). Give the indices one, or pass exclude={name!r}"
-    )
-
-
-def _positions(indices: Tensor, layout: Layout) -> bool:
-    """Whether a vector of indices is ``arange(T)``: positions, not rows, even where T is a multiple of the rows by chance.
-
-    A few labels may well count up, so that a vector with less than eight rows is believed to hold one a row. Under a compiler
-    nothing can be read.
-    """
-    size = indices.numel()
-    if indices.dim() != 1 or size < 2 or (size == layout.rows and size < 8) or transformed() or indices.is_meta:
-        return False
-    return bool((indices.diff() == 1).all())
 
 
 def _term(indices: Tensor, axis: int, rows: int, term: Term, weight: PerturbedWeight, read: Any) -> Tensor:
@@ -165,6 +144,7 @@ def embedding_bag(
         assert offsets is not None
         offsets = offsets[:-1] if include_last_offset else offsets
         flat, samples, bags = input, per_sample_weights, offsets.shape[0]
+    whose = input if input.dim() == 2 else offsets
     members = layout.members
     if not bags and layout.rows == 0:
         return F.embedding_bag(flat, weight.mean_weight, offsets, mode=mode, per_sample_weights=samples)
@@ -174,14 +154,16 @@ def embedding_bag(
             "module's own input; give it one bag a row (a 2-D input), or call the module with its offsets first, by keyword: "
             "the first tensor of a call counts its examples"
         )
-    ends = torch.cat([offsets[1:], offsets.new_tensor([flat.numel()])])
+    fact = layout.known(whose)
+    owner = layout.index(fact) if isinstance(fact, Rows) else layout.owner
+    ends = torch.cat([offsets[1:], torch.full_like(offsets[:1], flat.numel())])
     bag = torch.repeat_interleave(torch.arange(bags, device=flat.device), ends - offsets, output_size=flat.numel())
-    member = bag // (bags // members)
+    member = bag // (bags // members) if owner is None else owner.to(bag.device)[bag]
     # every index becomes a row of its own, read under its bag's member
     by_index = PerturbedWeight(
         weight.mean_weight,
         tuple(term.members(member) for term in weight.terms),
-        Layout(flat.numel(), flat.numel(), 0),
+        Layout(flat.numel(), flat.numel(), 0, place=Rows(0, flat.numel())),
         weight.origin,
     )
     y = lookup(flat, by_index, lambda i, table: F.embedding(i, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq))

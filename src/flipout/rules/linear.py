@@ -13,6 +13,7 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
 from flipout.modes import autocast
 from flipout.registry import rule
+from flipout.rows import Rows
 from flipout.rules.axes import permute, reshape
 from flipout.rules.pointwise import add
 from flipout.rules.products import factored_product, mean_product, signed_linear
@@ -21,13 +22,21 @@ from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_
 __all__ = ["linear", "sign_factors"]
 
 
-def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tensor]:
-    """``x`` as ``[A, N, T, in]`` with members on axis 1, and ``x`` itself, expanded to the batch if all examples share it."""
-    x, axis = weight.batch.locate(x, 1, what)
+def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tensor, PerturbedWeight, Rows]:
+    """Arranges an operand and a weight by members.
+
+    Returns:
+        ``x`` as ``[A, N, T, in]`` with members on axis 1; ``x`` itself, expanded to the batch if all examples share it; the weight with
+        these members; where the rows stand.
+    """
+    x, place = weight.where(x, 1, what)
+    outer = place.outer
+    if place.order is not None or weight.batch.owner is not None:
+        weight, outer = weight.at(place), 1
     members = weight.batch.members or 0
-    lead = math.prod(x.shape[:axis])
-    each = math.prod(x.shape[axis:-1]) // members if members else 1
-    return x.reshape(lead, members, each, x.shape[-1]), x
+    lead = math.prod(x.shape[: place.axis]) * outer
+    each = math.prod(x.shape[place.axis : -1]) // (members * outer) if members else 1
+    return x.reshape(lead, members, each, x.shape[-1]), x, weight, place
 
 
 def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
@@ -68,18 +77,16 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         flat, drawn = _token_rows(input, weight, bias)
         return linear(flat, *drawn).view(*input.shape[:-1], weight.shape[0])
     if not isinstance(weight, PerturbedWeight):
-        return _add_bias(F.linear(input, weight), bias)
+        return _plain_product(input, weight, bias)
+    x, input, weight, place = _blocks(input, weight, "linear")
+    shape = (*input.shape[:-1], weight.mean_weight.shape[0])
     if input.dim() == 2 and input.shape[0] == weight.batch.members:
-        x, shape = input, None
-    else:
-        x, input = _blocks(input, weight, "linear")
-        shape = (*input.shape[:-1], weight.mean_weight.shape[0])
-    fused = _fused(x, weight, bias)
+        fused = _fused(input, weight, bias, place)
+        if fused is not None:
+            return _add_bias(fused[0], fused[1], place)
+    fused = _fused(x, weight, bias, place)
     if fused is not None:
-        y, bias = fused
-        return _add_bias(y if shape is None else y.view(shape), bias)
-    if shape is None:
-        x, shape = x.unsqueeze(1).unsqueeze(0), (input.shape[0], weight.mean_weight.shape[0])
+        return _add_bias(fused[0].view(shape), fused[1], place)
     x, mean = autocast(x, weight.mean_weight)
     y = mean_product(x, mean)
     for term in weight.terms:
@@ -90,10 +97,16 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         else:
             full = base if base.dim() or (sides[0] is not None and sides[1] is not None) else base.expand(weight.mean_weight.shape)
             y = y + factored_product(x, full, *sides)
-    return _add_bias(y.view(shape), bias)
+    return _add_bias(y.view(shape), bias, place)
 
 
-def _fused(x: Tensor, weight: PerturbedWeight, bias: Any) -> tuple[Tensor, Any] | None:
+def _plain_product(input: Tensor, weight: Tensor, bias: PerturbedWeight) -> Tensor:
+    """A linear map of which the bias alone is perturbed."""
+    _, place = bias.where(input, 1, "linear") if bias.batch.members is not None else (input, None)
+    return _add_bias(F.linear(input, weight), bias, place)
+
+
+def _fused(x: Tensor, weight: PerturbedWeight, bias: Any, place: Rows) -> tuple[Tensor, Any] | None:
     """The hand-written pair of products and the bias still to add; None where the weight no longer is flipout's own."""
     signs = sign_factors(weight.terms[0]) if len(weight.terms) == 1 else None
     if signs is None:
@@ -113,11 +126,12 @@ def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor
     return dense.expand(dense.shape[0], *weight.mean_weight.shape)
 
 
-def _add_bias(y: Tensor, bias: Any) -> Tensor:
+def _add_bias(y: Tensor, bias: Any, place: Rows | None = None) -> Tensor:
+    """``y + bias``, for a result whose rows stand at ``place``."""
     if bias is None:
         return y
     if isinstance(bias, PerturbedWeight):
-        return add(y, bias).to(y.dtype)  # type: ignore[no-any-return]
+        return add(y, bias if place is None else bias.at(place)).to(y.dtype)  # type: ignore[no-any-return]
     total: Tensor = y + bias.to(y.dtype)
     return total
 
@@ -127,11 +141,11 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
     require_data(F.linear, input)
     if not isinstance(weight, PerturbedWeight):
-        return _add_bias(F.linear(input, weight), bias)
-    x, input = _blocks(input, weight, "linear")
+        return _plain_product(input, weight, bias)
+    x, input, weight, place = _blocks(input, weight, "linear")
     x, matrices = autocast(x, weight.dense())
     y = torch.matmul(x, matrices.mT)
-    return _add_bias(y.view(*input.shape[:-1], matrices.shape[1]), bias)
+    return _add_bias(y.view(*input.shape[:-1], matrices.shape[1]), bias, place)
 
 
 @rule(F.linear, LocalReparameterization)
@@ -139,7 +153,7 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
     require_data(F.linear, input)
     if not isinstance(weight, PerturbedWeight):
-        return _add_bias(F.linear(input, weight), bias)
+        return _plain_product(input, weight, bias)
     if weight.drawn:  # made of vectors, of which every member has its own
         return linear_dense(input, weight, bias)
     origin, layout = weight.origin, weight.batch
@@ -148,7 +162,8 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
             f"LocalReparameterization met {origin.name!r} joined with another perturbed weight before a linear map: it does not "
             "know the law of the result; use Flipout(), or exclude one of them"
         )
-    if input.dim() != 2 or input.shape[0] != layout.members:
+    _, place = weight.where(input, 1, "linear") if input.dim() == 2 else (input, None)
+    if place is None or not place.blocks or place.axis or input.shape[0] != layout.members or layout.owner is not None:
         raise UnsupportedNoiseError(
             f"LocalReparameterization met {origin.name!r} in a linear map of an input of shape {tuple(input.shape)} for "
             f"{layout.members} members: rows that share a member's weights would get independent noise, which is biased. It "
@@ -164,7 +179,7 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     variance = F.linear(x.square(), scale.expand(mean.shape).square())
     noise = torch.empty_like(variance).normal_(generator=origin.generator)
     # the square root has no slope at zero: a row of zeros has no noise and no gradient
-    return _add_bias(F.linear(x, mean) + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * noise, bias)
+    return _add_bias(F.linear(x, mean) + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * noise, bias, place)
 
 
 # --- matmul and its kin: a carrier on the right is a transposed linear map, on the left it acts on columns -----------
@@ -187,15 +202,16 @@ def _left(weight: PerturbedWeight, x: Tensor) -> Tensor:
     """
     if x.dim() < 2:
         raise BatchError(f"W @ x met {weight.origin.name!r} with x of shape {tuple(x.shape)}, which has no batch dimension")
-    if x.dim() == 2:
-        return _linear(x.t(), weight).t()
-    return _linear(x.mT, weight).mT
+    last = x.dim() - 1
+    turned = weight.moved(x, x.mT, lambda axis: {last: last - 1, last - 1: last}.get(axis, axis))
+    return _linear(turned, weight).mT
 
 
 def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """x @ W for a stack W [..., in, out] that each example sees whole: x is [N, ..., rows, in]."""
     ndim = weight.mean_weight.dim()
-    x, axis = weight.batch.locate(x, min(ndim, x.dim() - 1), "matmul with a stack of matrices")
+    x, place = weight.where(x, min(ndim, x.dim() - 1), "matmul with a stack of matrices")
+    weight, axis = weight.at(place), place.axis
     if x.dim() - axis - 1 < ndim or weight.batch.members is None:
         raise BatchError(
             f"a product of an input of shape {tuple(x.shape)} with the stack of matrices {weight.origin.name!r} "
@@ -222,7 +238,11 @@ def matmul(input: Any, other: Any) -> Tensor:
         return _right(a, b) if b.mean_weight.dim() == 2 else _stacked(a, b)
     if a.mean_weight.dim() == 1:
         return _left(reshape(a, (1, -1)), b).squeeze(0 if b.dim() == 2 else -2)
-    return _left(a, b) if a.mean_weight.dim() == 2 else _stacked(b.mT, permute(a, _last_swapped(a.mean_weight.dim()))).mT
+    if a.mean_weight.dim() == 2:
+        return _left(a, b)
+    last = b.dim() - 1
+    turned = a.moved(b, b.mT, lambda axis: {last: last - 1, last - 1: last}.get(axis, axis))
+    return _stacked(turned, permute(a, _last_swapped(a.mean_weight.dim()))).mT
 
 
 def _last_swapped(ndim: int) -> list[int]:
@@ -272,7 +292,11 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
                 f"addmm of the perturbed matrix {mat1.origin.name!r} with the vector {scaled.origin.name!r} {tuple(scaled.shape)} "
                 "would align the vector with the rows of the batch; make it a column [out, 1], or exclude it"
             )
-        return _add_bias(product.t(), scaled.t()).t()
+        if isinstance(scaled, PerturbedWeight):
+            scaled.moved(mat2, product)
+        return _add_bias(scaled.moved(product, product.t(), lambda axis: 1 - axis), scaled.t()).t()
+    if isinstance(scaled, PerturbedWeight) and not isinstance(mat1, PerturbedWeight):
+        scaled.moved(mat1, product)
     return _add_bias(product, scaled)
 
 
@@ -284,10 +308,10 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> T
     """y_n = x1_nᵀ W_n x2_n: a linear map of the outer product of the inputs, with the weight [out, in1, in2] read as a matrix."""
     require_data(F.bilinear, input1, input2)
     if not isinstance(weight, PerturbedWeight):
-        return _add_bias(F.bilinear(input1, input2, weight), bias)
+        return _add_bias(bias.moved(input1, F.bilinear(input1, input2, weight)), bias)
     if weight.drawn:
         return _bilinear_drawn(input1, input2, weight, bias)
-    outer = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
+    outer = weight.moved(input1, (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))
     y: Tensor = F.linear(outer, reshape(weight, (weight.shape[0], outer.shape[-1])), bias)
     return y
 
@@ -302,8 +326,11 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
             weight.for_tokens(lead.numel()),
             bias.for_tokens(lead.numel()) if isinstance(bias, PerturbedWeight) else bias,
         ).view(*lead, weight.shape[0])
-    x1, input1 = _blocks(input1, weight, "bilinear")
-    x2, _ = _blocks(input2, weight, "bilinear")
+    plain = weight
+    x1, input1, weight, place = _blocks(input1, plain, "bilinear")
+    x2, _, _, other = _blocks(input2, plain, "bilinear")
+    if not place.same(other):
+        raise BatchError(f"bilinear met {weight.origin.name!r} with two inputs whose rows stand in different places: {place}, {other}")
     y = F.bilinear(x1, x2, weight.mean_weight)
     for term in weight.terms:
         sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]
@@ -314,7 +341,7 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
         r, s, q = (side.unsqueeze(1) if side is not None else None for side in sides)
         z = F.bilinear(x1 if s is None else x1 * s, x2 if q is None else x2 * q, term.base.expand(weight.mean_weight.shape))
         y = y + (z if r is None else z * r)
-    return _add_bias(y.view(*input1.shape[:-1], weight.shape[0]), bias)
+    return _add_bias(y.view(*input1.shape[:-1], weight.shape[0]), bias, place)
 
 
 def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:

@@ -13,19 +13,27 @@ from torch.nn import functional as F
 
 from flipout.estimators import Estimator
 from flipout.registry import rule
-from flipout.rules.pointwise import add, mul, per_row
+from flipout.rules.per_row import per_row
+from flipout.rules.pointwise import add, mul
 from flipout.weight import PerturbedWeight, require_data
 
 __all__: list[str] = []
 
 
+def _followed(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Tensor:
+    """``y``, whose rows stand as those of ``x``."""
+    carrier: PerturbedWeight = weight if isinstance(weight, PerturbedWeight) else bias
+    return carrier.moved(x, y)
+
+
 def _affine_last(y: Tensor, weight: Any, bias: Any) -> Tensor:
     """Gain and bias over the last axes of y."""
+    z = y
     if weight is not None:
-        y = mul(y, weight) if isinstance(weight, PerturbedWeight) else y * weight
-    if bias is not None:
-        y = add(y, bias) if isinstance(bias, PerturbedWeight) else y + bias
-    return y
+        z = mul(y, weight) if isinstance(weight, PerturbedWeight) else y * weight
+    if isinstance(bias, PerturbedWeight):
+        return add(bias.moved(y, z), bias)  # type: ignore[no-any-return]
+    return z if bias is None else z + bias
 
 
 def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
@@ -33,31 +41,32 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
     def rows_of(parameter: Any) -> Tensor:
         if isinstance(parameter, PerturbedWeight):
-            parameter.batch.locate(y, y.dim() - 1, "normalisation")
+            _, place = parameter.where(y, y.dim() - 1, "normalisation")
+            parameter = parameter.at(place)
         values = per_row(parameter, y.shape[0])
         return values.view(*values.shape, *[1] * (y.dim() - 2))
 
-    if weight is not None:
-        y = y * rows_of(weight)
-    return y if bias is None else y + rows_of(bias)
+    gain, shift = (None if parameter is None else rows_of(parameter) for parameter in (weight, bias))
+    y = y if gain is None else y * gain
+    return y if shift is None else y + shift
 
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)
 def layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
     require_data(F.layer_norm, input)
-    return _affine_last(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
+    return _affine_last(_followed(input, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias), weight, bias)
 
 
 @rule((F.rms_norm, torch.rms_norm), Estimator)
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     require_data(F.rms_norm, input)
-    return _affine_last(F.rms_norm(input, normalized_shape, None, eps), weight, None)
+    return _affine_last(_followed(input, F.rms_norm(input, normalized_shape, None, eps), weight, None), weight, None)
 
 
 @rule((F.group_norm, torch.group_norm), Estimator)
 def group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
     require_data(F.group_norm, input)
-    return _affine_channels(F.group_norm(input, num_groups, None, None, eps), weight, bias)
+    return _affine_channels(_followed(input, F.group_norm(input, num_groups, None, None, eps), weight, bias), weight, bias)
 
 
 @rule(F.instance_norm, Estimator)
@@ -73,7 +82,7 @@ def instance_norm(
 ) -> Tensor:
     require_data(F.instance_norm, input, running_mean, running_var)
     y = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine_channels(y, weight, bias)
+    return _affine_channels(_followed(input, y, weight, bias), weight, bias)
 
 
 @rule(F.batch_norm, Estimator)
@@ -89,4 +98,4 @@ def batch_norm(
 ) -> Tensor:
     require_data(F.batch_norm, input, running_mean, running_var)
     y = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-    return _affine_channels(y, weight, bias)
+    return _affine_channels(_followed(input, y, weight, bias), weight, bias)

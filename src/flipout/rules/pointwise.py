@@ -15,18 +15,11 @@ from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
+from flipout.rows import NONE, Rows
+from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
 
-__all__ = ["per_row", "spread"]
-
-
-def per_row(weight: PerturbedWeight | Tensor, rows: int) -> Tensor:
-    """The weights that ``rows`` rows in member-major blocks see, ``[rows, *shape]`` (``[1, *shape]`` if all see one)."""
-    if not isinstance(weight, PerturbedWeight):
-        return weight.unsqueeze(0)
-    values = weight.dense()
-    members = values.shape[0]
-    return values if members == rows else values.repeat_interleave(rows // members, 0)
+__all__ = ["spread"]
 
 
 def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -41,20 +34,22 @@ def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tenso
         lead = x.shape[: x.dim() - len(shape)]
         drawn = weight.for_tokens(lead.numel())
         return x, drawn.dense().view(*lead, *shape)
-    overlap = x.dim() - len(shape)
-    if 0 <= layout.dim - overlap < len(shape):
-        if shape[layout.dim - overlap] != 1:
-            raise BatchError(
-                f"{what} aligns axis {layout.dim - overlap} of {weight.origin.name!r} {tuple(shape)} with the batch dimension of "
-                f"an input of shape {tuple(x.shape)}; name the right batch_dim or exclude the parameter"
-            )
-        del shape[layout.dim - overlap]
-    features = max(min(len(shape), x.dim() - 1 - layout.dim), 0)
-    x, axis = layout.locate(x, features, what)
-    values = per_row(weight, x.shape[axis])
-    values = values.reshape(values.shape[0], *shape)
-    after = x.dim() - axis - 1
-    return x, values.reshape(values.shape[0], *[1] * (after - len(shape)), *shape)
+    place = layout.known(x)
+    if not isinstance(place, Rows):
+        shared = [i for i, size in enumerate(reversed(shape)) if size != 1]
+        x, place = layout.where(x, min(max(shared, default=-1) + 1, max(x.dim() - 1 - layout.dim, 0)), what)
+    if x.dim() < len(shape):
+        place = place._replace(axis=place.axis + len(shape) - x.dim())
+        x = x.reshape(*[1] * (len(shape) - x.dim()), *x.shape)
+    shape = [1] * (x.dim() - len(shape)) + shape
+    if shape[place.axis] != 1:
+        raise BatchError(
+            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of shape "
+            f"{tuple(x.shape)}, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
+        )
+    values = per_row(weight.at(place), x.shape[place.axis])
+    del shape[place.axis]
+    return x, values.reshape(values.shape[0], *shape).movedim(0, place.axis)
 
 
 def _scalar(value: Any) -> bool:
@@ -64,8 +59,11 @@ def _scalar(value: Any) -> bool:
 def _constant(weight: PerturbedWeight, value: Tensor) -> bool:
     """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
     own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
+    fact = weight.batch.known(value)
+    if isinstance(fact, Rows):
+        return False
     fits = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
-    if not fits or value.dim() <= dim:
+    if not fits or value.dim() <= dim or fact is NONE:
         return fits
     # an axis of the weight's own can hold no rows, so what fills it is no data, even where the batch has that size by chance
     return own[dim + len(own) - value.dim()] != 1 or value.shape[dim] != rows
@@ -195,9 +193,9 @@ for _function in (torch.Tensor.__pow__, F.softplus, F.relu, F.silu, F.gelu):
 def prelu(input: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
     require_data(F.prelu, input)
-    x, axis = weight.batch.locate(input, max(input.dim() - 1, 0), "prelu")
+    x, place = weight.where(input, max(input.dim() - 1, 0), "prelu")
     (x,) = autocast(x)
-    slopes = per_row(weight, x.shape[axis]).to(x.dtype)
+    slopes = per_row(weight.at(place), x.shape[place.axis]).to(x.dtype)
     channels = slopes.shape[1]
     if channels == 1 or x.dim() == 1:
         slopes = slopes.reshape(-1, *[1] * (x.dim() - 1))

@@ -28,6 +28,7 @@ from flipout.rules.sequence_rows import (
     batch_of,
     first_rows,
     is_fresh,
+    place_of,
     on_rows,
     per_step,
     refuse_local,
@@ -78,7 +79,7 @@ def recurrent(
     what = cell.value
     carriers = list(carriers_in(list(params)))
     refuse_local(carriers, what)
-    directions = 2 if bidirectional else 1
+    directions, whose = 2 if bidirectional else 1, x
     if sizes is None:
         x = x.transpose(0, 1) if batch_first else x
         length, rows = x.shape[:2]
@@ -88,7 +89,7 @@ def recurrent(
         steps, packed = tuple(sizes.tolist()), x
     if not steps:
         raise BatchError(f"{what} got an input of shape {tuple(x.shape)}, a sequence without steps; give it at least one")
-    batch = batch_of(carriers, steps[0], params, sizes is not None, what)
+    batch = batch_of(carriers, steps[0], whose, sizes is not None, batch_first, what)
     for state in hx:
         require_states(state, steps[0], carriers[0], what)
     count = len(params) // (num_layers * directions)
@@ -235,19 +236,18 @@ def recurrent_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: 
     what = f"{cell.value}_cell"
     carriers = list(carriers_in(tuple(weights)))
     refuse_local(carriers, what)
-    layout, name = carriers[0].batch, carriers[0].origin.name
+    name = carriers[0].origin.name
     for state in (h, c):
         if state is not None and (state.dim() != 2 or x.dim() != 2 or len(state) != len(x)):
             raise BatchError(
                 f"{what} met {name!r} with an input of shape {tuple(x.shape)} and a state of shape {tuple(state.shape)}; "
                 "expected [B, in] and [B, hidden] with one B"
             )
-    if layout.members is not None and (len(x) % layout.members if layout.rows is None else len(x) != layout.rows):
-        raise BatchError(
-            f"{what} met {name!r} with {len(x)} rows, but the module's own input has {layout.rows or 'k·' + str(layout.members)} "
-            f"rows on batch_dim={layout.dim}, for {layout.members} members; a cell takes one row a sequence"
-        )
-    weights = weights.map(per_step).map(lambda weight: on_rows(weight, len(x), 0))
+    weights = weights.map(per_step)
+    fresh = all(is_fresh(carrier) for carrier in carriers_in(tuple(weights)))
+    if not fresh:
+        place = place_of(carriers, x, 0, what)
+        weights = weights.map(lambda weight: weight.at(place) if isinstance(weight, PerturbedWeight) else weight)
     if x.device.type != "cpu":
         x, h, c = autocast(x, h, c)
     return cell_step(cell, _linear(x, weights.ih, weights.bias_ih), _linear(h, weights.hh, weights.bias_hh), h, c)

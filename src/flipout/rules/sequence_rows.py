@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import LocalReparameterization
-from flipout.slots import FlatWeights
+from flipout.rows import Mixed, Rows, ordered
 from flipout.weight import Layout, PerturbedWeight
 
-__all__ = ["Batch", "Weights", "batch_of", "first_rows", "is_fresh", "on_rows", "per_step", "refuse_local", "require_states"]
+__all__ = ["Batch", "Weights", "batch_of", "first_rows", "is_fresh", "on_rows", "place_of", "per_step", "refuse_local", "require_states"]
 
 
 class Weights(NamedTuple):
@@ -47,6 +47,8 @@ class Batch:
         if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
             return weight
         owner, members = self.owner, weight.batch.members or 0
+        if owner is not None:
+            owner = owner.to(weight.mean_weight.device)
         if owner is None and members != self.rows:
             owner = torch.arange(members, device=weight.mean_weight.device).repeat_interleave(self.rows // max(members, 1))
         terms = weight.terms if owner is None else tuple(term.members(owner) for term in weight.terms)
@@ -81,30 +83,47 @@ def first_rows(weight: Any, size: int) -> Any:
     return PerturbedWeight(weight.mean_weight, terms, Layout(size, size, 0), weight.origin)
 
 
-def batch_of(carriers: Sequence[PerturbedWeight], rows: int, params: Sequence[Any], packed: bool, what: str) -> Batch:
+def place_of(carriers: Sequence[PerturbedWeight], x: Tensor, axis: int, what: str) -> Rows:
+    """Where the sequences of an operand stand, which must be on ``axis``.
+
+    Raises:
+        BatchError: if its rows are not those of the draw, or stand elsewhere.
+    """
+    carrier = carriers[0]
+    layout, name, size = carrier.batch, carrier.origin.name, x.shape[axis]
+    fact = layout.known(x)
+    if isinstance(fact, Rows) and fact.axis == axis:
+        return fact
+    unknown = not isinstance(fact, (Rows, Mixed))
+    if unknown and (size == layout.rows if layout.rows is not None else size % (layout.members or 1) == 0):
+        return Rows(axis, size)
+    told = f" {fact.why}" if isinstance(fact, Mixed) else f", whose rows stand on axis {fact.axis}" if isinstance(fact, Rows) else ""
+    raise BatchError(
+        f"{what} met {name!r} with a batch of {size} sequences in an input of shape {tuple(x.shape)}{told}, but the module's own input "
+        f"has {layout.rows if layout.rows is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
+        f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
+        "check batch_first and batch_dim, or exclude the layer"
+    )
+
+
+def batch_of(
+    carriers: Sequence[PerturbedWeight], rows: int, x: Tensor, packed: bool, batch_first: bool, what: str
+) -> Batch:
     """The members of the sequences of a batch."""
     layout, name = carriers[0].batch, carriers[0].origin.name
     if layout.members is None:
         return Batch(rows, None)
-    expected = layout.rows
-    if rows != expected if expected is not None else rows % layout.members:
-        raise BatchError(
-            f"{what} met {name!r} with a batch of {rows} sequences, but the module's own input has "
-            f"{expected if expected is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
-            f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
-            "check batch_first and batch_dim, or exclude the layer"
-        )
     if not packed:
-        return Batch(rows, None)
-    if not isinstance(params, FlatWeights):
+        return Batch(rows, layout.index(place_of(carriers, x, 0 if batch_first else 1, what)))
+    fact = layout.known(x)
+    if not isinstance(fact, Rows) or fact.order is None:
         raise BatchError(
-            f"{what} met {name!r} with a packed batch outside of the torch.nn module it belongs to (or under torch.compile), so "
-            "the order in which its sequences were sorted is unknown; call the module with the PackedSequence, or pass a padded "
-            "batch"
+            f"{what} met {name!r} with a packed batch of unknown origin, so the order in which its sequences were sorted is unknown; "
+            "give the module the PackedSequence, pack inside the call, or pass a padded batch"
         )
-    if params.order is None or rows == 0:
-        return Batch(rows, None)
-    return Batch(rows, torch.div(params.order, rows // layout.members, rounding_mode="floor"))
+    if layout.rows is not None and rows != layout.rows:
+        raise BatchError(f"{what} met {name!r} with a packed batch of {rows} sequences, but the module's own input has {layout.rows} rows")
+    return Batch(rows, layout.index(ordered(fact, fact.order[:rows])))
 
 
 def require_states(state: Tensor, rows: int, carrier: PerturbedWeight, what: str) -> None:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from flipout.estimators import Estimator
+from flipout.errors import BatchError
 from flipout.registry import rule
+from flipout.rows import NONE, Mixed, Rows
 from flipout.rules.axes import permute, reshape, take
+from flipout.rules.per_row import per_row
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["index_basic"]
@@ -97,15 +100,11 @@ def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
     mean = weight.mean_weight.expand(sizes)
     if mean.numel() > weight.mean_weight.numel():
         weight.require_drawn("expand(), where entries share one noise")
-    lead, layout = mean.dim() - weight.mean_weight.dim(), weight.batch
+    lead = mean.dim() - weight.mean_weight.dim()
     own = [1] * lead + list(weight.mean_weight.shape)
-    dim, rows = layout.dim, layout.rows
-    if rows is not None and dim < mean.dim() and own[dim] == 1 and 1 != rows == mean.shape[dim]:
-        # [1, 1, d] expanded to the batch: each row is its own member's value
-        values = weight.dense()
-        values = values.reshape(values.shape[0], *own[:dim], *own[dim + 1 :])
-        values = values.repeat_interleave(rows // max(values.shape[0], 1), 0)
-        return values.movedim(0, dim).expand(mean.shape)
+    axis = _becomes_rows(weight, own, mean.shape)
+    if axis is not None:
+        return _on_rows(weight, own, axis).expand(mean.shape)
 
     def of_term(term: Term) -> Term:
         base = term.base
@@ -118,6 +117,48 @@ def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
         return Term(base, factors, term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def _becomes_rows(weight: PerturbedWeight, own: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """The axis of size one that becomes as many entries as the batch has rows; None if none does."""
+    dim, rows = weight.batch.dim, weight.batch.rows
+    if rows is None or rows == 1:
+        return None
+    fits = [axis for axis, (old, new) in enumerate(zip(own, sizes, strict=True)) if old == 1 and new == rows]
+    if len(fits) > 1 and dim not in fits:
+        raise BatchError(
+            f"the weight {weight.origin.name!r} {tuple(weight.mean_weight.shape)} was expanded to {tuple(sizes)}, and axes {fits} have the "
+            f"{rows} rows of the batch each, so which of them holds the rows cannot be told; exclude={weight.origin.name!r}"
+        )
+    return dim if dim in fits else next(iter(fits), None)
+
+
+def _on_rows(weight: PerturbedWeight, own: Sequence[int], axis: int) -> Tensor:
+    """The weight with each row's own value on an axis of size one, ``own`` being its shape with new axes in front."""
+    layout, rows = weight.batch, weight.batch.rows or 0
+    place = Rows(axis, rows, weight=weight.origin.name)
+    values = per_row(weight.at(place), rows)
+    if layout.tracker is not None:
+        layout.tracker.landed = place
+    return values.reshape(rows, *own[:axis], *own[axis + 1 :]).movedim(0, axis)
+
+
+@rule((torch.Tensor.repeat, torch.tile, torch.Tensor.tile), Estimator)
+def repeat(weight: PerturbedWeight, *sizes: Any, **named: Any) -> PerturbedWeight | Tensor:
+    """As :func:`expand` where an axis of size one becomes the rows of the batch; any other axis repeats its entries."""
+    times = list(_sizes(sizes) if sizes else next(iter(named.values())))
+    own = [1] * (len(times) - weight.mean_weight.dim()) + list(weight.mean_weight.shape)
+    times = [1] * (len(own) - len(times)) + times
+    axis = _becomes_rows(weight, own, [n * k for n, k in zip(own, times, strict=True)])
+    if axis is not None:
+        return _on_rows(weight, own, axis).repeat(*[1 if i == axis else k for i, k in enumerate(times)])
+    weight.require_drawn("repeat(), where entries share one noise")
+    repeated = reshape(weight, own)
+    for i, k in enumerate(times):
+        if k != 1:
+            index = torch.arange(own[i], device=weight.device).repeat(k)
+            repeated = take(repeated, i, index)
+    return repeated
 
 
 def _lifted(factor: Factor, lead: int, shape: Sequence[int]) -> Factor:
@@ -247,6 +288,9 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
 def _has_rows(value: Tensor, weight: PerturbedWeight) -> bool:
     """Whether a tensor is data: it has the rows of the module's own input on the batch dimension."""
     dim, rows = weight.batch.dim, weight.batch.rows
+    fact = weight.batch.known(value)
+    if isinstance(fact, (Rows, Mixed)):
+        return fact is not NONE
     return rows != 1 and value.dim() > dim and value.shape[dim] == rows
 
 
