@@ -70,7 +70,7 @@ def posteriors(net: Perturbed) -> Iterator[Posterior]:
         ArgumentError: if ``net`` is no :class:`flipout.Perturbed`.
     """
     scales = require_net(net).scales
-    for site in net._sites:
+    for site in net.sites:
         yield Posterior(site.names, site.noise, site.mean, scales.get(site.name))
 
 
