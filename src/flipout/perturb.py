@@ -197,6 +197,20 @@ class Perturbed(nn.Module):
         finally:
             self._held = None
 
+    def draw(self, members: int, generator: torch.Generator | None = None) -> Draw:
+        """TEMP."""
+        check_generator(generator, self._sites)
+        return self._draw(_member_count(members), self.generator if generator is None else generator)
+
+    @contextmanager
+    def under(self, draw: Draw) -> Iterator[Draw]:
+        """TEMP."""
+        before, self._held = self._held, draw
+        try:
+            yield draw
+        finally:
+            self._held = before
+
     def extra_repr(self) -> str:
         laws = sorted({str(site.noise) for site in self._sites})
         return f"{', '.join(laws)}, {self.estimator}, {len(self._sites)} parameters"
