@@ -1,11 +1,13 @@
 """flipout: every example of a mini-batch gets its own random weights (Wen et al., ICLR 2018)."""
 
 from flipout import bayes, evolution, regularize, variance
+from flipout.decay import parameter_groups
 from flipout.distributions import FromDistribution
 from flipout.draw import Draw
 from flipout.errors import (
     ArgumentError,
     BatchError,
+    DecayWarning,
     DrawError,
     FlipoutError,
     MemberError,
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BatchError",
+    "DecayWarning",
     "Draw",
     "DrawError",
     "DropConnect",
@@ -50,6 +53,7 @@ __all__ = [
     "UnsupportedNoiseError",
     "bayes",
     "evolution",
+    "parameter_groups",
     "perturbed",
     "regularize",
     "rule",

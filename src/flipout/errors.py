@@ -1,8 +1,9 @@
-"""The library's errors. Each says what was found, why it cannot work and what to do next."""
+"""The library's errors and warnings. Each says what was found, why it cannot work and what to do next."""
 
 __all__ = [
     "ArgumentError",
     "BatchError",
+    "DecayWarning",
     "DownloadError",
     "DrawError",
     "EvaluationError",
@@ -130,6 +131,23 @@ class EvaluationError(FlipoutError, RuntimeError):
     Example:
         >>> issubclass(EvaluationError, RuntimeError) and issubclass(EvaluationError, FlipoutError)
         True
+    """
+
+
+class DecayWarning(UserWarning):
+    """An optimiser applies weight decay to learnable noise scales, so the noise grows at every step.
+
+    Example:
+        >>> import torch, flipout, warnings
+        >>> net = flipout.Perturbed(torch.nn.Linear(3, 2), flipout.Gaussian(0.01, learnable=True))
+        >>> optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     optimiser.step()
+        >>> caught[0].category.__name__
+        'DecayWarning'
+        >>> optimiser = torch.optim.AdamW(net.parameter_groups(weight_decay=0.1))  # the scales are kept out of it
+        >>> optimiser.step()
     """
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flipout.arguments import require_count
+from flipout.buffers import batch_statistics, kept_buffers
 from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
@@ -75,11 +76,18 @@ def _gradients(
     noise = stream(seed, *key, zlib.crc32(repr(net.estimator).encode()), device=_device(net))
     each = batch_size // rows
     found: list[dict[str, Tensor]] = [{} for _ in range(batches)]
-    for i, _ in enumerate(micro_batches(net, each * batches, rows, noise)):
-        total = found[i // each]
-        loss = _require_scalar(loss_fn(net, sample_batch(rows, data)))
-        for name, part in _differentiate(net, loss * (rows / batch_size)).items():
-            total[name] = total[name] + part if name in total else part
+    norms = batch_statistics(net.module) if each > 1 else []
+    if norms:
+        raise ArgumentError(
+            f"{norms[0]!r} normalises by the statistics of its batch, and those of micro-batches of {rows} examples are not those "
+            f"of a batch of {batch_size}: pass micro_batch={batch_size}, or call eval() on the layer, for its running ones"
+        )
+    with kept_buffers(net.module):
+        for i, _ in enumerate(micro_batches(net, each * batches, rows, noise)):
+            total = found[i // each]
+            loss = _require_scalar(loss_fn(net, sample_batch(rows, data)))
+            for name, part in _differentiate(net, loss * (rows / batch_size)).items():
+                total[name] = total[name] + part if name in total else part
     return found
 
 

@@ -13,6 +13,7 @@ import flipout.rules  # noqa: F401  (fills the registry)
 from flipout.calls import Call, Ledger
 from flipout.compiled import run_eagerly
 from flipout.contexts import entered, setting
+from flipout.decay import parameter_groups, watch
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
@@ -100,6 +101,7 @@ class Perturbed(nn.Module):
         self._estimator = estimator
         self._selection = selection
         self._first = selection.names
+        watch(self)
 
     @property
     def estimator(self) -> Estimator:
@@ -306,6 +308,30 @@ class Perturbed(nn.Module):
             state = {**state, "generator": torch.Generator(device=device)}
             state["generator"].set_state(words)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch(self)
+
+    def parameter_groups(self, weight_decay: float, noise_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
+        """The parameters in groups for an optimiser of ``torch.optim``, with the noise scales kept out of the weight decay.
+
+        Decay would pull ``log_std`` towards 0, which is a standard deviation of 1. :func:`flipout.parameter_groups` does the same
+        for a model that contains this net.
+
+        Args:
+            weight_decay: of the module's own parameters; the scales have 0.
+            noise_lr: learning rate of the scales; None for the optimiser's own.
+            options: more options of both groups, such as ``lr``.
+
+        Raises:
+            ArgumentError: if ``weight_decay`` or ``noise_lr`` is negative or not finite.
+
+        Example:
+            >>> import torch, flipout
+            >>> net = flipout.Perturbed(torch.nn.Linear(4, 3), flipout.Gaussian(0.01, learnable=True))
+            >>> optimiser = torch.optim.AdamW(net.parameter_groups(weight_decay=0.1), lr=1e-3)
+            >>> [(len(group["params"]), group["weight_decay"]) for group in optimiser.param_groups]
+            [(2, 0.1), (2, 0.0)]
+        """
+        return parameter_groups(self, weight_decay, noise_lr, **options)
 
 
 class _Scales(Mapping[str, torch.Tensor]):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flipout.arguments import broadcasts, require_count
 from flipout.bayes.posterior import require_net
+from flipout.buffers import batch_statistics
 from flipout.errors import ArgumentError, MissingRuleError
 from flipout.estimators import Independent, Shared
 from flipout.perturb import Perturbed
@@ -148,7 +149,8 @@ def predict(
         p(y | x) ≈ 1/S Σ_s p(y | x, W_s),      W_s ~ q
 
     Every member is one function: it is held for all rows of ``x``, and shares nothing with the others, whatever estimator the net
-    trains with (members of one flipout draw share a base perturbation). The net runs in evaluation mode, without gradients.
+    trains with (members of one flipout draw share a base perturbation). The net runs in evaluation mode, without gradients. A batch
+    norm that keeps no running statistics has those of all rows of ``x`` under one member, as in the plain module.
 
     Args:
         net: with its noise.
@@ -214,6 +216,8 @@ def sample_outputs(
     weights = sum(site.mean.numel() for site in net.sites)
     most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
     with torch.no_grad(), _evaluating(net):
+        if batch_statistics(net.module):  # those of one member, over the whole of x
+            return torch.cat([_members(net, x, 1, generator, whole=True) for _ in range(samples)])
         try:
             return torch.cat([_members(net, x, min(most, samples - i), generator) for i in range(0, samples, most)])
         except MissingRuleError:  # one member has ordinary weights, and needs no rules
@@ -222,12 +226,12 @@ def sample_outputs(
             return torch.cat([_members(net, x, 1, generator) for _ in range(samples)])
 
 
-def _members(net: Perturbed, x: Tensor, members: int, generator: torch.Generator | None) -> Tensor:
+def _members(net: Perturbed, x: Tensor, members: int, generator: torch.Generator | None, whole: bool = False) -> Tensor:
     """Outputs of some members, ``[members, N, ...]``: in blocks of rows under one held draw."""
     dim, parts = net.batch_dim, []
     estimator = Shared() if members == 1 else Independent()
     with net.using(estimator), net.hold(members, generator):
-        for rows in x.split(max(1, _ROWS // members), dim):
+        for rows in [x] if whole else x.split(max(1, _ROWS // members), dim):
             output = net(torch.cat([rows] * members, dim))
             if not isinstance(output, Tensor) or output.dim() <= dim or output.shape[dim] != members * rows.shape[dim]:
                 told = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

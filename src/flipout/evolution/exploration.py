@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -71,18 +70,17 @@ class ParameterNoise:
             raise ArgumentError(f"factor={factor!r}: expected a number above 1")
         self.envs, self.target, self.factor, self.std = envs, target, factor, float(std)
         self._policy = policy
-        self._options: dict[str, Any] = {"estimator": estimator, "include": include, "exclude": exclude}
-        self._generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
-        self._hold(self.std)
-
-    def _hold(self, std: float) -> None:
-        self._net = Perturbed(self._policy, Gaussian(std), generator=self._generator, **self._options)
-        self._held = ExitStack()
-        self._draw = self._held.enter_context(self._net.hold(self.envs))
+        generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
+        # a draw keeps unit noise apart from a learnable scale, so that adapt() moves the scale and leaves the directions
+        noise = Gaussian(self.std, learnable=True)
+        self._net = Perturbed(policy, noise, estimator, include, exclude, generator=generator)
+        for scale in self._net.noise_parameters():
+            scale.requires_grad_(False)
+        self._draw = self._net.draw(envs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the policy returns under each sub-environment's weights."""
-        with torch.no_grad():
+        with torch.no_grad(), self._net.under(self._draw):
             return self._net(*args, **kwargs)
 
     def end(self, done: Sequence[bool] | Tensor) -> None:
@@ -100,7 +98,9 @@ class ParameterNoise:
         self._draw.resample([i for i, over in enumerate(flags) if over])
 
     def adapt(self, *args: Any, distance: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any) -> float:
-        """Brings σ a step nearer to the target distance, from a batch of ``k * envs`` rows; draws new weights if σ changes.
+        """Brings σ a step nearer to the target distance, from a batch of ``k * envs`` rows.
+
+        May be called at any time of an episode: a sub-environment's noise gets larger or smaller, and keeps its direction.
 
         Args:
             args, kwargs: for the policy.
@@ -110,13 +110,15 @@ class ParameterNoise:
         Returns:
             The distance found.
         """
+        noisy_output = self(*args, **kwargs)
         with torch.no_grad():
-            noisy_output, clean = self._net(*args, **kwargs), self._policy(*args, **kwargs)
+            clean = self._policy(*args, **kwargs)
             found = float((distance or _root_mean_square)(noisy_output, clean))
         if self.target is not None:
             self.std *= self.factor if found < self.target else 1 / self.factor
-            self._held.close()
-            self._hold(self.std)
+            with torch.no_grad():
+                for scale in self._net.noise_parameters():
+                    scale.fill_(math.log(self.std))
         return found
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flipout.draw import Draw
 from flipout.errors import BatchError, DrawError
 from flipout.evolution.counters import Place
 from flipout.evolution.noise import Directions
+from flipout.evolution.statistics import BatchGuard
 from flipout.perturb import Perturbed
 from flipout.samples import Sample
 
@@ -40,6 +42,9 @@ class Members(Draw):
         (0, 8, torch.Size([8, 3]))
     """
 
+    #: What refuses batch statistics while the module is perturbed by these members.
+    guard: BatchGuard | None = None
+
     def __init__(self, net: Perturbed, directions: Directions, samples: Sequence[Sample]) -> None:
         each = 1 + directions.paired
         self.generation = directions.generation
@@ -47,6 +52,12 @@ class Members(Draw):
         self.count = each * (directions.stop - directions.start)
         self._directions = directions
         super().__init__(net.module, net.sites, {}, net.estimator, self.count, None, net.fallback, samples)
+
+    def module(self, n: int) -> nn.Module:
+        with contextlib.nullcontext() if self.guard is None else self.guard.lifted():
+            return super().module(n)
+
+    module.__doc__ = Draw.module.__doc__
 
     @property
     def seeds(self) -> Tensor:

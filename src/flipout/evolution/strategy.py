@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flipout.arguments import require_count
+from flipout.buffers import kept_buffers
 from flipout.errors import ArgumentError, DrawError, MemberError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LowRank
 from flipout.evolution.counters import Counters
@@ -19,6 +20,7 @@ from flipout.evolution.fitness import require_finite, require_fitness, require_k
 from flipout.evolution.members import Members
 from flipout.evolution.population import Population, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
+from flipout.evolution.statistics import BatchGuard
 from flipout.noise import Gaussian, Rademacher
 from flipout.in_place import in_place
 from flipout.perturb import Perturbed
@@ -149,6 +151,7 @@ class EvolutionStrategy:
 
         Inside, the module takes ``members.count`` rows, or k times as many in member-major blocks. Each range must lie under one
         base perturbation, and begin and end between antithetic pairs. Whatever is asked, :meth:`tell` wants the whole population.
+        Every buffer of the module is afterwards as it was before.
 
         Yields:
             The :class:`Members`.
@@ -156,6 +159,8 @@ class EvolutionStrategy:
         Raises:
             ArgumentError: for a range that is none, cuts a pair, or spans several bases.
             DrawError: inside another ``ask``.
+            BatchError: inside, where a batch norm would normalise several members by their common statistics: it is in training
+                mode, or keeps no running statistics.
         """
         stop = self.population if stop is None else stop
         if self._open:
@@ -163,7 +168,8 @@ class EvolutionStrategy:
         members = self._population.members(start, stop, self.generation, self.std)
         self._open = True
         try:
-            with torch.no_grad(), in_place(self._net, members):
+            guard = members.guard = BatchGuard(self.module, members.count)
+            with torch.no_grad(), kept_buffers(self.module), guard.attached(), in_place(self._net, members):
                 yield members
         finally:
             self._open = False

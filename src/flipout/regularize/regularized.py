@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from flipout.errors import ArgumentError
+from flipout.errors import ArgumentError, BatchError
 from flipout.perturb import Perturbed
 from flipout.regularize.masks import Dropout, EmbeddingDropout
 from flipout.regularize.methods import Method
 from flipout.regularize.recurrence import Place, check_layer, run_layer
+from flipout.regularize.replaced import current_forward, replaced
+from flipout.select import rows_dim
 
 __all__ = ["Regularized"]
+
+
+class _State(NamedTuple):
+    """What a context has set for a wrapper."""
+
+    sampling: bool
+    generator: torch.Generator | None
+
+
+#: By the wrapper: threads and asynchronous tasks do not see each other's.
+_states: ContextVar[Mapping[Regularized, _State] | None] = ContextVar("flipout_regularized_states", default=None)
 
 
 class Regularized(nn.Module):
@@ -30,9 +45,13 @@ class Regularized(nn.Module):
         module: any module. With ``batch_first`` layers or not, of several layers, bidirectional or projected.
         method: what is dropped or random.
         generator: source of masks and weights; None for torch's global generators.
+        batch_dim: the dimension of the module's inputs that counts the sequences: 0 for tokens ``[N, T]``, 1 for ``[T, N]``. None
+            for that of the recurrent layers (their ``batch_first``), and 0 without any.
 
     Raises:
-        ArgumentError: if the module has nothing that the method could act on, or a layer on which it is not defined.
+        ArgumentError: if the module has nothing that the method could act on, or a layer on which it is not defined; if
+            ``batch_dim`` contradicts the only layer's ``batch_first``, or layers differ in theirs and it is not given.
+        BatchError: from calls, where the words and the recurrent layers have different numbers of sequences.
 
     Example:
         >>> import torch, flipout
@@ -47,14 +66,18 @@ class Regularized(nn.Module):
         True
     """
 
-    def __init__(self, module: nn.Module, method: Method, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, method: Method, generator: torch.Generator | None = None, batch_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.method = method
+        self.batch_dim = _batch_dim(module, method, batch_dim)
         self.net = module
         if method.noise is not None:
-            self.net = Perturbed(module, method.noise, method.estimator, method.include, generator=generator)
+            self.net = Perturbed(
+                module, method.noise, method.estimator, method.include, batch_dim=self.batch_dim, generator=generator
+            )
         self.generator = generator
-        self._sampling = False
         layers = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.RNNBase)]
         tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
         dropouts = [part for part in module.modules() if isinstance(part, nn.Dropout)]
@@ -77,36 +100,47 @@ class Regularized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. All arguments are its own."""
-        active = self.training or self._sampling
+        state = self._state()
+        active = self.training or state.sampling
         if not active and self.method.zoneout is None:
             return self.net(*args, **kwargs)
-        with _replaced(list(self._forwards(active))):
+        with replaced(list(self._forwards(active, state.generator))):
             return self.net(*args, **kwargs)
 
-    def _forwards(self, active: bool) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    def _state(self) -> _State:
+        return (_states.get() or {}).get(self, _State(False, self.generator))
+
+    @contextmanager
+    def _set(self, **changes: Any) -> Iterator[None]:
+        token = _states.set({**(_states.get() or {}), self: self._state()._replace(**changes)})
+        try:
+            yield
+        finally:
+            _states.reset(token)
+
+    def _forwards(self, active: bool, generator: torch.Generator | None) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """What runs in place of the forward of each part."""
         last = len(self._layers) - 1
+        sequences = _Sequences(self.batch_dim)
         for i, layer in enumerate(self._layers):
-            yield layer, partial(run_layer, layer, Place(i == 0, i == last), self.method, active, self.generator)
+            run = partial(run_layer, layer, Place(i == 0, i == last), self.method, active, generator)
+            yield layer, partial(_recur, sequences, layer, run)
         if active and self.method.dropouts is not None:
             for part in self._dropouts:
-                yield part, partial(_drop, self.method.dropouts, self.generator)
+                yield part, partial(_drop, self.method.dropouts, self.batch_dim, generator)
         if active and self.method.embedding is not None:
             for table in self._tables:
-                yield table, partial(_embed, table, table.forward, self.method.embedding, self.generator)
+                yield table, partial(_embed, sequences, table, current_forward(table), self.method.embedding, generator)
 
     @contextmanager
     def sampling(self) -> Iterator[Regularized]:
         """Draws masks and weights in evaluation mode as well."""
-        before, self._sampling = self._sampling, True
-        try:
+        with self._set(sampling=True):
             if isinstance(self.net, Perturbed):
                 with self.net.sampling():
                     yield self
             else:
                 yield self
-        finally:
-            self._sampling = before
 
     @contextmanager
     def drawing(self, members: int, generator: torch.Generator | None) -> Iterator[Regularized]:
@@ -131,53 +165,97 @@ class Regularized(nn.Module):
             ...     whole, state = net(x)
             >>> torch.testing.assert_close(torch.cat([first, second], 1), whole)
         """
-        before, self.generator = self.generator, generator
-        try:
+        with self._set(generator=generator):
             if isinstance(self.net, Perturbed):
                 with self.net.hold(members, generator):
                     yield self
             else:
                 yield self
-        finally:
-            self.generator = before
 
     def extra_repr(self) -> str:
         return str(self.method)
 
 
+def _batch_dim(module: nn.Module, method: Method, batch_dim: int | None) -> int:
+    """The dimension that counts the sequences in the module's inputs."""
+    if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0):
+        raise ArgumentError(f"Regularized(batch_dim={batch_dim!r}): expected the index of a dimension, 0 or more")
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.RNNBase)}
+    dims = {0 if layer.batch_first else 1 for layer in layers.values()}
+    if batch_dim is None:
+        per_sequence = method.embedding is not None and method.embedding.per == "sequence"
+        if len(dims) > 1 and (per_sequence or method.noise is not None or method.dropouts is not None):
+            told = ", ".join(f"{name!r}" for name in layers)
+            raise ArgumentError(
+                f"the recurrent layers {told} differ in batch_first, so the dimension that counts the sequences of the inputs is "
+                "not known: pass batch_dim=0 for inputs [N, T], or batch_dim=1 for [T, N]"
+            )
+        return rows_dim(module, max(dims) if len(dims) == 1 else 0)
+    own = rows_dim(module, batch_dim)
+    if own != batch_dim:
+        raise ArgumentError(
+            f"Regularized(batch_dim={batch_dim}): {type(module).__name__} begins with a layer whose batch_first says that "
+            f"dimension {own} counts the sequences; leave batch_dim out, or set batch_first={batch_dim == 0}"
+        )
+    return batch_dim
+
+
+class _Sequences:
+    """How many sequences a call has: the same for the words as for the recurrent layers."""
+
+    def __init__(self, batch_dim: int) -> None:
+        self.batch_dim = batch_dim
+        self.rows: int | None = None
+
+    def words(self, tokens: Tensor) -> int:
+        """Counts the sequences of tokens, one where they have no such dimension."""
+        rows = tokens.shape[self.batch_dim] if tokens.dim() > self.batch_dim else 1
+        self.rows = rows
+        return rows
+
+    def require(self, rows: int, layer: nn.RNNBase) -> None:
+        """Raises BatchError for a layer with another number of sequences than the words."""
+        if self.rows is not None and rows != self.rows:
+            other = 1 if self.batch_dim == 0 else 0
+            raise BatchError(
+                f"the words have {self.rows} sequences on batch_dim={self.batch_dim}, and nn.{type(layer).__name__}(batch_first="
+                f"{layer.batch_first}) got {rows}: a mask would not last over a sequence; pass Regularized(..., batch_dim={other}) "
+                "if that dimension of the tokens counts the sequences"
+            )
+
+
+def _recur(sequences: _Sequences, layer: nn.RNNBase, run: Callable[..., Any], x: Any, hx: Any = None) -> Any:
+    if not isinstance(x, PackedSequence):
+        sequences.require(1 if x.dim() == 2 else x.shape[0 if layer.batch_first else 1], layer)
+    return run(x, hx)
+
+
 def _embed(
+    sequences: _Sequences,
     table: nn.Embedding,
     forward: Callable[[Tensor], Tensor],
     dropout: EmbeddingDropout,
     generator: torch.Generator | None,
-    tokens: Tensor,
+    input: Tensor,
 ) -> Tensor:
-    """Embeddings ``[rows, ..., features]`` of tokens ``[rows, ...]``, without the words that are dropped."""
-    found = forward(tokens)
-    mask = dropout.mask(len(tokens), table.num_embeddings, like=found, generator=generator)
-    kept = mask[0][tokens] if len(mask) == 1 else mask.gather(1, tokens.flatten(1)).view(tokens.shape)
+    """Embeddings ``[*tokens, features]`` without the words that are dropped; the batch dimension counts the sequences."""
+    found, dim = forward(input), sequences.batch_dim
+    rows = sequences.words(input) if dropout.per == "sequence" else 1
+    mask = dropout.mask(rows, table.num_embeddings, like=found, generator=generator)
+    if len(mask) == 1:
+        return found * mask[0][input].unsqueeze(-1)
+    by_row = input.movedim(dim, 0)
+    kept = mask.gather(1, by_row.reshape(rows, -1)).view(by_row.shape).movedim(0, dim)
     return found * kept.unsqueeze(-1)
 
 
-def _drop(dropout: Dropout, generator: torch.Generator | None, value: Tensor) -> Tensor:
-    """In place of an ``nn.Dropout`` on ``[rows, steps, features]``."""
-    if value.dim() != 3:
-        raise ArgumentError(f"an nn.Dropout got a tensor of shape {tuple(value.shape)}; {dropout} takes [rows, steps, features]")
-    rows, steps, features = value.shape
-    return value * dropout.mask(steps, rows, features, like=value, generator=generator).transpose(0, 1)
-
-
-@contextmanager
-def _replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Gives modules other forwards for a while; hooks go on as ever."""
-    before = [(part, part.__dict__.get("forward")) for part, _ in forwards]
-    try:
-        for part, forward in forwards:
-            part.__dict__["forward"] = forward
-        yield
-    finally:
-        for part, own in before:
-            if own is None:
-                part.__dict__.pop("forward", None)
-            else:
-                part.__dict__["forward"] = own
+def _drop(dropout: Dropout, batch_dim: int, generator: torch.Generator | None, input: Tensor) -> Tensor:
+    """In place of an ``nn.Dropout`` on ``[rows, steps, features]``, or ``[steps, rows, features]``."""
+    if input.dim() != 3 or batch_dim > 1:
+        wanted = "[rows, steps, features]" if batch_dim == 0 else "[steps, rows, features]"
+        raise ArgumentError(
+            f"an nn.Dropout got a tensor of shape {tuple(input.shape)}; with batch_dim={batch_dim} {dropout} takes {wanted}"
+        )
+    rows, steps, features = input.shape[batch_dim], input.shape[1 - batch_dim], input.shape[2]
+    mask = dropout.mask(steps, rows, features, like=input, generator=generator)
+    return input * (mask.transpose(0, 1) if batch_dim == 0 else mask)

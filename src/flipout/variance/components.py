@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flipout.arguments import require_count
+from flipout.buffers import batch_statistics
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Shared
 from flipout.gradients import LossFunction, SampleBatch, gradient_pair, rows_at_once
@@ -222,6 +223,13 @@ def variance_components(
     """
     check_net(net, seed, confidence)
     require_count("batch_size", batch_size, 1)
+    norms = batch_statistics(net.module)
+    if norms:
+        raise ArgumentError(
+            f"{norms[0]!r} normalises by the statistics of its batch, so the loss of an example depends on the other examples, and "
+            "the components are defined for examples that do not: call eval() on the layer, which then has its running statistics, "
+            "or measure variance_curve"
+        )
     parts = check_parts(net, parts)
     sizes = block_sizes(draws, repeats)
     check_loss(net, loss_fn, sample_batch, seed)

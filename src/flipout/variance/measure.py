@@ -47,7 +47,7 @@ def gradient_variance(
 
     The draws are cut into blocks; each block gives an unbiased variance by streaming moments, and their mean is reported with
     Student's t-interval. Costs ``draws`` forward and backward passes an estimator and the memory of two gradients beside the
-    pass itself. The module's parameters, their ``.grad`` and its mode are left alone; it runs in the mode it is in.
+    pass itself. The module's parameters, their ``.grad``, its buffers and its mode are left alone; it runs in the mode it is in.
 
     Args:
         net: the module with its noise. Frozen parameters are left out; scales of learnable noise are held fixed.

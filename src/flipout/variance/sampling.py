@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flipout.buffers import kept_buffers
 from flipout.errors import ArgumentError
 from flipout.gradients import LossFunction, SampleBatch, stream
 from flipout.perturb import Perturbed
@@ -66,7 +67,7 @@ def check_loss(net: Perturbed, loss_fn: LossFunction, sample_batch: SampleBatch,
     twice = _twice(once, net.batch_dim)
     if twice is None:
         return
-    with _mean_mode(net), torch.no_grad():
+    with _mean_mode(net), kept_buffers(net), torch.no_grad():
         try:
             before, after = float(loss_fn(net, once)), float(loss_fn(net, twice))
         except Exception:  # a batch that cannot be put twice, or a loss whose own error comes with its first draw
