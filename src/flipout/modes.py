@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "composed", "transformed"]
+__all__ = ["autocast", "composed", "owned", "transformed"]
 
 
 def transformed() -> bool:
@@ -24,6 +24,16 @@ def composed(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled() or transformed():
         return True
     return all(tensor is None or not tensor.requires_grad for tensor in tensors)
+
+
+def owned(y: Tensor) -> Tensor:
+    """The result of a custom autograd Function as a tensor that is no view.
+
+    torch lets nobody write into a view that a custom Function returned, not even ``nn.ReLU(inplace=True)``: what the Function
+    returns must stand for itself. The numbers are not copied.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return result
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization, LowRank
-from flipout.modes import autocast, composed
+from flipout.modes import autocast, composed, owned
 from flipout.registry import rule
 from flipout.rules.pointwise import per_row
 from flipout.weight import Factor, PerturbedWeight, Term, require_data
@@ -173,7 +173,7 @@ class _SignedConvolution(torch.autograd.Function):
         ctx.geometry, ctx.bias_size = geometry, None if bias is None else list(bias.shape)
         y = geometry(x, mean, bias)
         z = geometry(x if s is None else x * s, base)
-        return y.add_(z) if r is None else y.addcmul_(z, r)
+        return owned(y.add_(z) if r is None else y.addcmul_(z, r))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
