@@ -87,8 +87,9 @@ class PerturbedWeight(torch.Tensor):
         self.recorded = torch.is_grad_enabled()
 
     def replace(self, mean: Tensor, terms: Sequence[Term]) -> PerturbedWeight:
-        """The same members with another mean and other terms."""
-        return PerturbedWeight(mean, tuple(terms), self.batch, self.origin)
+        """The same members with another mean, whose dtype they take, and other terms."""
+        cast = tuple(term if term.base.dtype == mean.dtype else term.map(lambda base: base.to(mean.dtype)) for term in terms)
+        return PerturbedWeight(mean, cast, self.batch, self.origin)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerturbedWeight:
         """The carrier with a linear function of each entry applied."""

@@ -1,6 +1,7 @@
 """Normalisation layers: the plain operation without gain and bias, then each row's own gain and bias.
 
-The statistics never see a weight, so this is exact under every estimator whose vectors can be listed.
+The statistics never see a weight, so this is exact under every estimator whose vectors can be listed. The result has the dtype of
+the plain operation, which is that of the operation without gain and bias: torch computes both in one step.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ __all__: list[str] = []
 
 
 def _affine_last(y: Tensor, weight: Any, bias: Any) -> Tensor:
-    """Gain and bias over the last axes of y."""
+    """Gain and bias over the last axes of y, in its dtype."""
+    dtype = y.dtype
     if weight is not None:
         y = mul(y, weight) if isinstance(weight, PerturbedWeight) else y * weight
     if bias is not None:
         y = add(y, bias) if isinstance(bias, PerturbedWeight) else y + bias
-    return y
+    return y.to(dtype)
 
 
 def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
-    """Gain and bias per channel, axis 1 of y [rows, channels, *positions]."""
+    """Gain and bias per channel, axis 1 of y [rows, channels, *positions], in its dtype."""
+    dtype = y.dtype
 
     def rows_of(parameter: Any) -> Tensor:
         if isinstance(parameter, PerturbedWeight):
@@ -39,7 +42,7 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
     if weight is not None:
         y = y * rows_of(weight)
-    return y if bias is None else y + rows_of(bias)
+    return (y if bias is None else y + rows_of(bias)).to(dtype)
 
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)

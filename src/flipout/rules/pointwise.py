@@ -84,12 +84,13 @@ def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Any:
             raise missing_rule(operation, a, (a, b), "two weights drawn per token have no product")
         ndim = max(a.mean_weight.dim(), b.mean_weight.dim())
         result: Tensor = operation(*(_lifted(w.dense(), ndim) for w in (a, b)), **kwargs)
-        zero = torch.zeros_like(result[0]) if len(result) else torch.zeros_like(operation(a.mean_weight, b.mean_weight))
-        return a.replace(zero, [Term(result, per_member=True)])
+        zero = torch.zeros_like(operation(a.mean_weight, b.mean_weight))
+        return a.replace(zero, [Term(result.to(zero.dtype), per_member=True)])
     x, values = spread(weight, x, operation_name(operation))
     first, second = (values, x) if weight is a else (x, values)
     aligned: Tensor = operation(first, second, **kwargs)
-    return aligned
+    # one number, of which each row has its own, decides no dtype
+    return aligned.to(torch.result_type(weight.mean_weight, x)) if not weight.mean_weight.dim() else aligned
 
 
 def _lifted(weights: Tensor, ndim: int) -> Tensor:
