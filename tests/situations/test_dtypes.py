@@ -1,4 +1,4 @@
-"""A perturbed module gives results in the plain module's dtype, whatever the dtypes of inputs and parameters, with and without autocast."""
+"""A perturbed module gives results in the plain module's dtype, whatever those of inputs and parameters, and under autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 import flipout
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning", "ignore:LSTM with projections is not supported", "ignore:Mismatch dtype")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding=.same.:UserWarning", "ignore:LSTM with projections is not supported", "ignore:Mismatch dtype"
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AUTOCAST = (None, torch.bfloat16, torch.float16)
