@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
-from flipout.registry import find_rule
+from flipout.registry import find_rule, unruled
 from flipout.signs import draw_bits
 from flipout.terms import Factor, Layout, Term
 
@@ -182,18 +182,18 @@ class PerturbedWeight(torch.Tensor):
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
         if carrier.recorded and not torch.is_grad_enabled() and _inside_autograd_function():
-            raise missing_rule(func, carrier, args, _HIDDEN)
-        if "out" in kwargs:
-            if kwargs["out"] is not None:
-                raise missing_rule(func, carrier, args, "out= would write each example's result into one tensor")
-            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+            raise missing_rule(func, carrier, args, _HIDDEN, loops=False)
         found = find_rule(func, type(carrier.origin.estimator))
+        if "out" in kwargs and not getattr(found, "takes_out", False):
+            if kwargs["out"] is not None:
+                raise missing_rule(func, carrier, args, _OUT, loops=False)
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if found is None:
-            if carrier.origin.fallback == "loop":
-                return loop(func, args, kwargs)
-            raise missing_rule(func, carrier, args)
+            return unruled(func, args, kwargs, missing_rule(func, carrier, args))
         try:
             return found(*args, **kwargs)
+        except MissingRuleError as error:
+            return unruled(func, args, kwargs, error)
         except BatchError as error:
             name = repr(carrier.origin.name)
             if name in str(error):
@@ -212,6 +212,9 @@ _HIDDEN = (
     "it did so inside a torch.autograd.Function, whose own backward would drop the gradient (reentrant checkpointing is one: "
     "take use_reentrant=False, under flipout.perturbed)"
 )
+
+
+_OUT = "out= would write each example's result into one tensor"
 
 
 def _inside_autograd_function() -> bool:
@@ -242,16 +245,41 @@ def operation_name(func: Any) -> str:
     return name.replace("_VariableFunctionsClass.", "torch.")
 
 
-def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") -> MissingRuleError:
-    """The error for an operation that met a carrier and has no rule."""
+def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "", loops: bool = True) -> MissingRuleError:
+    """The error for an operation that met a carrier and has no rule; ``loops``: whether the loop over members could serve it."""
     name = operation_name(func)
     shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
     reason = why or f"no rule says how it acts on a weight that differs per example (under {carrier.origin.estimator})"
     return MissingRuleError(
         f"{name} met the perturbed parameter {carrier.origin.name!r} (argument shapes {shapes}), and {reason}. Noise is never "
-        f"dropped in silence: pass exclude={carrier.origin.name!r} to leave this parameter unperturbed, write a rule with "
-        f'@flipout.rule({name}, ...), or pass fallback="loop" to run the operation once per member'
+        f"dropped in silence: pass exclude={carrier.origin.name!r} to leave this parameter unperturbed, or write a rule with "
+        f"@flipout.rule({name}, ...){_loop_advice(func, carrier) if loops else ''}"
     )
+
+
+def _loop_advice(func: Any, carrier: PerturbedWeight) -> str:
+    """Names the loop over members where it can run, and the estimator under which it could."""
+    if not can_loop(func) or carrier.origin.fallback == "loop":
+        return ""
+    if carrier.origin.estimator.has_members:
+        return '. fallback="loop" runs the operation once per member'
+    return '. Under flipout.Independent(), fallback="loop" runs the operation once per member'
+
+
+def can_loop(func: Any) -> bool:
+    """Whether an operation has a meaning member by member: not if it writes into a tensor or reads it out of torch."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in {"H", "mH", "real", "imag"}
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in {"__set__", "__setitem__"}
+    return not in_place and name not in _READS
+
+
+_READS = frozenset(
+    """item tolist numpy backward register_hook __bool__ __float__ __int__ __index__ __complex__ __array__ __contains__ __format__
+    __deepcopy__ __reduce_ex__ __cuda_array_interface__ __dlpack__ __delete__ as_subclass data_ptr untyped_storage storage equal
+    retain_grad share_memory_ is_pinned pin_memory is_shared""".split()  # noqa: SIM905
+)
 
 
 def require_data(func: Any, *operands: Any) -> None:

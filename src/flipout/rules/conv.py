@@ -125,8 +125,13 @@ def _perturbed_kernel(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, g
     ):
         return _dense(x, weight, bias, geometry)
     y = geometry(x, mean, bias)
-    for term in weight.terms:
-        y = y + _low_rank(x, term, weight, geometry)
+    for term, sides in zip(weight.terms, separable, strict=True):
+        if sides is None or not term.base.dim():
+            y = y + _low_rank(x, term, weight, geometry)
+            continue
+        r, s = (_per_channel(f, x, geometry) for f in (reversed(sides) if geometry.transposed else sides))
+        z = geometry(x if s is None else x * s, autocast(term.base.expand(mean.shape))[0])
+        y = y + (z if r is None else z * r)
     return y
 
 

@@ -318,9 +318,10 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
 
 
 def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:
+    """The factors along an axis; those along none, which are one number a member, count to the first."""
     value: Tensor | None = None
     for factor in term.factors:
-        if factor.axes == (axis,):
+        if (factor.axes or (0,)) == (axis,):
             flat = factor.flat(dtype)
             value = flat if value is None else value * flat
     return value
