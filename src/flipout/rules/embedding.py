@@ -152,8 +152,8 @@ def embedding_bag(
 ) -> Tensor:
     """Sum, mean or maximum over each bag; a bag is a row of a 2-D ``input``, or a run between ``offsets``.
 
-    ``sparse`` gives the table a sparse gradient, as from torch. ``norm_type`` is the norm of ``max_norm``, which is refused, and has no
-    effect without it.
+    ``sparse`` gives the table a sparse gradient, as from torch. ``norm_type`` is the norm of ``max_norm``, which is refused, and
+    has no effect without it.
     """
     require_data(F.embedding_bag, input, offsets)
     if max_norm is not None or not isinstance(weight, PerturbedWeight):
