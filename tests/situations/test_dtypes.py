@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
+from cases.functions import CLOSED
 from laws import LISTED, MEMBERS, wrap
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def _plain(net: flipout.Perturbed, x: tuple[Tensor, ...], autocast: torch.dtype 
 
 
 @pytest.mark.parametrize("estimator", LISTED)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CLOSED], ids=str)
 def test_the_result_has_the_plain_modules_dtype(case: Case, estimator: str) -> None:
     if estimator == "low_rank" and not case.low_rank:
         pytest.skip("refused by name")

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
-from flipout.modes import autocast
 from flipout.registry import rule
 from flipout.rules.axes import permute, reshape
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule
@@ -122,8 +121,8 @@ def _by_letters(x: Tensor, weight: PerturbedWeight, equation: Equation) -> Tenso
     row = data[dim]
     member = next(c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c not in data + own + result)
     data, result = data.replace(row, member + row), result.replace(row, member + row)
-    x, mean = autocast(x.unflatten(dim, (members, -1)) if members else x.unsqueeze(dim), weight.mean_weight)
-    y = torch.einsum(f"{data},{own}->{result}", x, mean)
+    x = x.unflatten(dim, (members, -1)) if members else x.unsqueeze(dim)
+    y: Tensor = torch.einsum(f"{data},{own}->{result}", x, weight.mean_weight)  # under autocast, in the dtype that torch chooses
     for term in weight.terms:
         y = y + _of_term(x, term, weight, Equation(data, own, result), member)
     return y.flatten(result.index(member), result.index(member) + 1)
@@ -133,18 +132,18 @@ def _of_term(x: Tensor, term: Term, weight: PerturbedWeight, equation: Equation,
     data, own, result = equation
     letters = [[own[axis] for axis in factor.axes] for factor in term.factors]
     if term.per_member or any(not (set(some) <= set(data) or set(some) <= set(result)) for some in letters):
-        dense = term.dense(weight.mean_weight.dim()).to(x.dtype).expand(weight.batch.members or 0, *weight.mean_weight.shape)
+        dense = term.dense(weight.mean_weight.dim()).expand(weight.batch.members or 0, *weight.mean_weight.shape)
         return torch.einsum(f"{data},{member}{own}->{result}", x, dense)
-    (base,) = autocast(term.base.expand(weight.mean_weight.shape))
+    base = term.base.expand(weight.mean_weight.shape)
     after = []
     for factor, some in zip(term.factors, letters, strict=True):
         if set(some) <= set(data):
             x = x * _placed(factor, some, data, member, x.dtype)
         else:
             after.append(_placed(factor, some, result, member, x.dtype))
-    z = torch.einsum(f"{data},{own}->{result}", x, base)
+    z: Tensor = torch.einsum(f"{data},{own}->{result}", x, base)
     for values in after:
-        z = z * values
+        z = z * values.to(z.dtype)
     return z
 
 
