@@ -23,6 +23,14 @@ FAMILIES = {
         "`Linear`, `Bilinear`, and models that multiply by a parameter (GPT-2's `Conv1D`)",
         "one weight per example whatever the rank of the input",
     ),
+    "einsum": (
+        "`torch.einsum` of one parameter with one operand of data, in whichever order; stacks of matrices",
+        "a factor multiplies the operand, data or result, that has its letter",
+    ),
+    "scales": (
+        "`weight_norm` and `spectral_norm`, as parametrizations and in their older form",
+        "each member's own norm or σ; in training mode the vectors of spectral_norm follow the mean weight",
+    ),
     "conv": (
         "`Conv1d/2d/3d`, `ConvTranspose1d/2d/3d`; groups, dilation and every padding mode",
         "one sign per example and channel, so that what is added is a perturbation of the kernel",

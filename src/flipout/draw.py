@@ -77,7 +77,7 @@ class Draw:
         self._generator = generator
         self._fallback = fallback
         self._home: tuple[int, int | None] | None = None
-        self._samples: list[Sample] = list(samples) if samples is not None else self._sample(device)
+        self._samples = self._padded(self._sample(device) if samples is None else samples)
         self._fixed: dict[int, Tensor] = {}
         self._layouts: dict[tuple[int | None, int], Layout] = {}
         self._carriers: dict[tuple[int, Layout], tuple[Any, Tensor]] = {}
@@ -89,6 +89,11 @@ class Draw:
 
     def _targets(self) -> list[Target]:
         return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self._sites]
+
+    def _padded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, without noise on the padding rows of tables."""
+        rows = [site.padding for site in self._sites]
+        return [sample if row is None else sample.without_row(row) for sample, row in zip(samples, rows, strict=True)]
 
     def _sample(self, device: torch.device | None) -> list[Sample]:
         targets = self._targets()
@@ -208,7 +213,7 @@ class Draw:
         if not wanted:
             return
         with _UNMODED():
-            self._samples = self.estimator.resample(self._targets(), self._samples, wanted, self._generator)
+            self._samples = self._padded(self.estimator.resample(self._targets(), self._samples, wanted, self._generator))
         self._fixed.clear()
         self._carriers.clear()
 

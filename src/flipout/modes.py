@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "composed", "transformed"]
+__all__ = ["autocast", "autocasts", "composed", "owned", "transformed"]
 
 
 def transformed() -> bool:
@@ -26,10 +26,25 @@ def composed(*tensors: Tensor | None) -> bool:
     return all(tensor is None or not tensor.requires_grad for tensor in tensors)
 
 
+def owned(y: Tensor) -> Tensor:
+    """The result of a custom autograd Function as a tensor that is no view.
+
+    torch lets nobody write into a view that a custom Function returned, not even ``nn.ReLU(inplace=True)``: what the Function
+    returns must stand for itself. The numbers are not copied.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return result
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; never for "meta", which torch has no autocast for."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on, as the matrix products of torch would take them."""
     kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
+    if not autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["find_rule", "rule", "rules"]
+__all__ = ["find_rule", "otherwise", "rule", "rules", "unruled"]
 
 Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
@@ -61,6 +61,22 @@ def find_rule(operation: Any, estimator: type) -> Rule | None:
         if found is not None:
             return found
     return None
+
+
+_OTHERWISE: list[Rule] = []
+
+
+def otherwise(function: _R) -> _R:
+    """Registers what answers where no rule does, or a rule refuses: ``function(operation, args, kwargs, error)``."""
+    _OTHERWISE[:] = [function]
+    return function
+
+
+def unruled(operation: Any, args: Any, kwargs: Any, error: Exception) -> Any:
+    """The answer for an operation without a rule, by what :func:`otherwise` registered; else raises ``error``."""
+    if not _OTHERWISE:
+        raise error
+    return _OTHERWISE[0](operation, args, kwargs, error)
 
 
 def rules() -> dict[tuple[Any, type], Rule]:

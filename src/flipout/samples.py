@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flipout.modes import transformed
 from flipout.noise import Noise
 from flipout.weight import Factor
 
@@ -53,6 +54,25 @@ class Sample:
     factors: tuple[tuple[Factor, ...], ...] = ((),)
     per_member: bool = False
     scaled: bool = False
+
+    def without_row(self, row: int) -> Sample:
+        """The sample without noise on one row of a table: for every member, and for whatever else uses the table."""
+
+        def blank(values: Tensor, axis: int) -> Tensor:
+            if transformed():
+                return values.index_fill(axis, torch.tensor([row], device=values.device), 0)
+            values.select(axis, row).zero_()  # drawn just now, and free of gradients
+            return values
+
+        if self.unit.dim():
+            return replace(self, unit=blank(self.unit, int(self.per_member)))
+        return replace(
+            self,
+            factors=tuple(
+                tuple(replace(f, values=blank(f.values, 1)) if f.axes == (0,) and f.values is not None else f for f in factors)
+                for factors in self.factors
+            ),
+        )
 
     def like(self, mean: Tensor) -> Sample:
         """The sample in the dtype and on the device of a mean."""

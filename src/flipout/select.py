@@ -32,6 +32,7 @@ class Site:
         matrix: for the bias of a selected matrix or kernel, that one's name: both are perturbed along one output axis and
             share its signs.
         names: all its names, one for each of ``slots``.
+        padding: the row of a table that is padding in one of its uses, and has no noise in any.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Site:
     slots: tuple[tuple[nn.Module, str], ...]
     matrix: str | None = None
     names: tuple[str, ...] = ()
+    padding: int | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -156,7 +158,7 @@ def select(
         _require_real(own[0], parameter)
         _require_shape(own[0], chosen, parameter)
         _require_python(own[0], slots)
-        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own)))
+        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own), padding=_padding(slots)))
     if not sites:
         raise ArgumentError(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
@@ -279,6 +281,12 @@ def _sign_axes(slots: Iterable[tuple[nn.Module, str]]) -> tuple[int, ...]:
             found = {0, 1}
         axes = found if axes is None else axes & found
     return tuple(sorted(axes or ()))
+
+
+def _padding(slots: Iterable[tuple[nn.Module, str]]) -> int | None:
+    """The padding row of a table; None without one."""
+    tables = (owner for owner, attribute in slots if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and attribute == "weight")
+    return next((table.padding_idx for table in tables if table.padding_idx is not None), None)
 
 
 def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) -> None:

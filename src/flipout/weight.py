@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
-from flipout.registry import find_rule
+from flipout.registry import find_rule, unruled
 from flipout.rows import NONE, UNKNOWN, UNSEEN, Layout, Rows
 from flipout.signs import draw_bits
 from flipout.terms import Factor, Term
@@ -86,8 +86,9 @@ class PerturbedWeight(torch.Tensor):
         self.origin = origin
 
     def replace(self, mean: Tensor, terms: Sequence[Term]) -> PerturbedWeight:
-        """The same members with another mean and other terms."""
-        return PerturbedWeight(mean, tuple(terms), self.batch, self.origin)
+        """The same members with another mean, whose dtype they take, and other terms."""
+        cast = tuple(term if term.base.dtype == mean.dtype else term.map(lambda base: base.to(mean.dtype)) for term in terms)
+        return PerturbedWeight(mean, cast, self.batch, self.origin)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerturbedWeight:
         """The carrier with a linear function of each entry applied."""
@@ -216,17 +217,17 @@ class PerturbedWeight(torch.Tensor):
         carrier = next((a for a in args if type(a) is PerturbedWeight), None)
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
-        if "out" in kwargs:
-            if kwargs["out"] is not None:
-                raise missing_rule(func, carrier, args, "out= would write each example's result into one tensor")
-            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         found = find_rule(func, type(carrier.origin.estimator))
+        if "out" in kwargs and not getattr(found, "takes_out", False):
+            if kwargs["out"] is not None:
+                raise missing_rule(func, carrier, args, _OUT, loops=False)
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if found is None:
-            if carrier.origin.fallback == "loop":
-                return loop(func, args, kwargs)
-            raise missing_rule(func, carrier, args)
+            return unruled(func, args, kwargs, missing_rule(func, carrier, args))
         try:
             return found(*args, **kwargs)
+        except MissingRuleError as error:
+            return unruled(func, args, kwargs, error)
         except BatchError as error:
             name = repr(carrier.origin.name)
             if name in str(error):
@@ -238,6 +239,9 @@ class PerturbedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise missing_rule(func, next(carriers_in((args, kwargs or {}))), args)
+
+
+_OUT = "out= would write each example's result into one tensor"
 
 
 def carriers_in(tree: Any) -> Iterator[PerturbedWeight]:
@@ -260,21 +264,47 @@ def operation_name(func: Any) -> str:
     return name.replace("_VariableFunctionsClass.", "torch.")
 
 
-def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "") -> MissingRuleError:
-    """The error for an operation that met a carrier and has no rule."""
-    return missing_rule_for(func, carrier.origin.name, carrier.origin.estimator, args, why)
+def missing_rule(func: Any, carrier: PerturbedWeight, args: Any, why: str = "", loops: bool = True) -> MissingRuleError:
+    """The error for an operation that met a carrier and has no rule; ``loops``: whether the loop over members could serve it."""
+    advice = _loop_advice(func, carrier) if loops else ""
+    return missing_rule_for(func, carrier.origin.name, carrier.origin.estimator, args, why, advice)
 
 
-def missing_rule_for(func: Any, parameter: str, estimator: Any, args: Any, why: str = "") -> MissingRuleError:
+def missing_rule_for(func: Any, parameter: str, estimator: Any, args: Any, why: str = "", advice: str = "") -> MissingRuleError:
     """As :func:`missing_rule`, for a parameter that has no carrier (all members share one weight)."""
     name = operation_name(func)
     shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
     reason = why or f"no rule says how it acts on a weight that differs per example (under {estimator})"
     return MissingRuleError(
         f"{name} met the perturbed parameter {parameter!r} (argument shapes {shapes}), and {reason}. Noise is never "
-        f"dropped in silence: pass exclude={parameter!r} to leave this parameter unperturbed, write a rule with "
-        f'@flipout.rule({name}, ...), or pass fallback="loop" to run the operation once per member'
+        f"dropped in silence: pass exclude={parameter!r} to leave this parameter unperturbed, or write a rule with "
+        f"@flipout.rule({name}, ...){advice}"
     )
+
+
+def _loop_advice(func: Any, carrier: PerturbedWeight) -> str:
+    """Names the loop over members where it can run, and the estimator under which it could."""
+    if not can_loop(func) or carrier.origin.fallback == "loop":
+        return ""
+    if carrier.origin.estimator.has_members:
+        return '. fallback="loop" runs the operation once per member'
+    return '. Under flipout.Independent(), fallback="loop" runs the operation once per member'
+
+
+def can_loop(func: Any) -> bool:
+    """Whether an operation has a meaning member by member: not if it writes into a tensor or reads it out of torch."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in {"H", "mH", "real", "imag"}
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name in {"__set__", "__setitem__"}
+    return not in_place and name not in _READS
+
+
+_READS = frozenset(
+    """item tolist numpy backward register_hook __bool__ __float__ __int__ __index__ __complex__ __array__ __contains__ __format__
+    __deepcopy__ __reduce_ex__ __cuda_array_interface__ __dlpack__ __delete__ as_subclass data_ptr untyped_storage storage equal
+    retain_grad share_memory_ is_pinned pin_memory is_shared""".split()  # noqa: SIM905
+)
 
 
 def require_data(func: Any, *operands: Any) -> None:

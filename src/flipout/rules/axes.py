@@ -15,7 +15,7 @@ from flipout.errors import DrawError
 from flipout.signs import packed_size
 from flipout.weight import Factor, PerturbedWeight, Term
 
-__all__ = ["permute", "reshape", "take"]
+__all__ = ["permute", "reshape", "scaled", "take"]
 
 
 def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
@@ -101,6 +101,30 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def scaled(weight: PerturbedWeight, values: Tensor, axis: int | None) -> PerturbedWeight:
+    """Each member's weight times numbers of its own: W_n ∘ c_n, whose terms stay products of a base with factors.
+
+    Args:
+        values: c ``[N, size of the axis]``; ``[N, 1]`` without an axis.
+        axis: the axis along which c varies, or None.
+    """
+    mean = weight.mean_weight
+    axes: tuple[int, ...] = () if axis is None else (axis,)
+    sizes = tuple(mean.shape[at] for at in axes)
+
+    def of_term(term: Term) -> Term:
+        held = next((f for f in term.factors if f.axes == axes), None)
+        merged = values if held is None else held.flat(mean.dtype) * values
+        others = tuple(f for f in term.factors if f is not held)
+        return Term(term.base, (*others, Factor(merged, axes, sizes, packed=False)), term.per_member)
+
+    # W̄ ∘ c̄ stays a mean, so that what reads one finds one
+    middle = values.mean(0) if len(values) else values.sum(0)
+    shape = [mean.shape[at] if at == axis else 1 for at in range(mean.dim())]
+    own = Term(mean, (Factor(values - middle, axes, sizes, packed=False),))
+    return weight.replace(mean * middle.reshape(shape), [own, *(of_term(term) for term in weight.terms)])
 
 
 def _packed_slice(factor: Factor, index: slice | Tensor) -> Tensor | None:

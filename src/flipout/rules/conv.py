@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization, LowRank
-from flipout.modes import autocast, composed
+from flipout.modes import autocast, composed, owned
 from flipout.registry import rule
 from flipout.rules.per_row import per_row
 from flipout.weight import Factor, PerturbedWeight, Term, require_data
@@ -124,8 +124,13 @@ def _perturbed_kernel(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, g
     ):
         return _dense(x, weight, bias, geometry)
     y = geometry(x, mean, bias)
-    for term in weight.terms:
-        y = y + _low_rank(x, term, weight, geometry)
+    for term, sides in zip(weight.terms, separable, strict=True):
+        if sides is None or not term.base.dim():
+            y = y + _low_rank(x, term, weight, geometry)
+            continue
+        r, s = (_per_channel(f, x, geometry) for f in (reversed(sides) if geometry.transposed else sides))
+        z = geometry(x if s is None else x * s, autocast(term.base.expand(mean.shape))[0])
+        y = y + (z if r is None else z * r)
     return y
 
 
@@ -172,7 +177,7 @@ class _SignedConvolution(torch.autograd.Function):
         ctx.geometry, ctx.bias_size = geometry, None if bias is None else list(bias.shape)
         y = geometry(x, mean, bias)
         z = geometry(x if s is None else x * s, base)
-        return y.add_(z) if r is None else y.addcmul_(z, r)
+        return owned(y.add_(z) if r is None else y.addcmul_(z, r))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -129,12 +129,18 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Sum, mean or maximum over each bag; a bag is a row of a 2-D ``input``, or a run between ``offsets``."""
+    """Sum, mean or maximum over each bag; a bag is a row of a 2-D ``input``, or a run between ``offsets``.
+
+    ``sparse`` gives the table a sparse gradient, as from torch. ``norm_type`` is the norm of ``max_norm``, which is refused, and
+    has no effect without it.
+    """
     require_data(F.embedding_bag, input, offsets)
     if max_norm is not None or not isinstance(weight, PerturbedWeight):
         carrier = weight if isinstance(weight, PerturbedWeight) else per_sample_weights
         raise missing_rule(F.embedding_bag, carrier, (input, weight), "max_norm and perturbed per_sample_weights have no rule")
     _refuse_local(weight, input)
+    if mode == "max" and sparse:
+        raise ValueError("embedding_bag: torch has no sparse gradient of the maximum over a bag; take sparse=False")
     layout = weight.batch
     if input.dim() == 2:
         bags, length = input.shape
@@ -159,6 +165,10 @@ def embedding_bag(
     ends = torch.cat([offsets[1:], torch.full_like(offsets[:1], flat.numel())])
     bag = torch.repeat_interleave(torch.arange(bags, device=flat.device), ends - offsets, output_size=flat.numel())
     member = bag // (bags // members) if owner is None else owner.to(bag.device)[bag]
+
+    def read(indices: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(indices, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+
     # every index becomes a row of its own, read under its bag's member
     by_index = PerturbedWeight(
         weight.mean_weight,
@@ -166,7 +176,7 @@ def embedding_bag(
         Layout(flat.numel(), flat.numel(), 0, place=Rows(0, flat.numel())),
         weight.origin,
     )
-    y = lookup(flat, by_index, lambda i, table: F.embedding(i, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq))
+    y = lookup(flat, by_index, read)
     kept = (
         torch.ones_like(flat, dtype=y.dtype)
         if padding_idx is None

@@ -336,7 +336,7 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
         sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]
         if term.per_member or any(len(f.axes) > 1 for f in term.factors):
             dense = term.dense(3).expand(-1, *weight.mean_weight.shape)
-            y = y + torch.einsum("anti,noij,antj->anto", x1, dense, x2)
+            y = y + torch.einsum("anti,noij,antj->anto", x1, dense, x2).to(y.dtype)
             continue
         r, s, q = (side.unsqueeze(1) if side is not None else None for side in sides)
         z = F.bilinear(x1 if s is None else x1 * s, x2 if q is None else x2 * q, term.base.expand(weight.mean_weight.shape))
@@ -345,9 +345,10 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
 
 
 def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:
+    """The factors along an axis; those along none, which are one number a member, count to the first."""
     value: Tensor | None = None
     for factor in term.factors:
-        if factor.axes == (axis,):
+        if (factor.axes or (0,)) == (axis,):
             flat = factor.flat(dtype)
             value = flat if value is None else value * flat
     return value

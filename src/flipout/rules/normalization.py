@@ -1,6 +1,7 @@
 """Normalisation layers: the plain operation without gain and bias, then each row's own gain and bias.
 
-The statistics never see a weight, so this is exact under every estimator whose vectors can be listed.
+The statistics never see a weight, so this is exact under every estimator whose vectors can be listed. The result has the dtype of
+the plain operation, which is that of the operation without gain and bias: torch computes both in one step.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ def _followed(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Tensor:
 
 
 def _affine_last(y: Tensor, weight: Any, bias: Any) -> Tensor:
-    """Gain and bias over the last axes of y."""
+    """Gain and bias over the last axes of y, in its dtype."""
     z = y
     if weight is not None:
         z = mul(y, weight) if isinstance(weight, PerturbedWeight) else y * weight
     if isinstance(bias, PerturbedWeight):
-        return add(bias.moved(y, z), bias)  # type: ignore[no-any-return]
-    return z if bias is None else z + bias
+        z = add(bias.moved(y, z), bias)
+    elif bias is not None:
+        z = z + bias
+    return z.to(y.dtype)
 
 
 def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
-    """Gain and bias per channel, axis 1 of y [rows, channels, *positions]."""
+    """Gain and bias per channel, axis 1 of y [rows, channels, *positions], in its dtype."""
+    dtype = y.dtype
 
     def rows_of(parameter: Any) -> Tensor:
         if isinstance(parameter, PerturbedWeight):
@@ -48,7 +52,7 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
     gain, shift = (None if parameter is None else rows_of(parameter) for parameter in (weight, bias))
     y = y if gain is None else y * gain
-    return y if shift is None else y + shift
+    return (y if shift is None else y + shift).to(dtype)
 
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)

@@ -16,10 +16,11 @@ from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
 from flipout.rows import NONE, Rows
+from flipout.rules.axes import scaled
 from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
 
-__all__ = ["spread"]
+__all__ = ["fits", "spread"]
 
 
 def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -56,15 +57,15 @@ def _scalar(value: Any) -> bool:
     return not isinstance(value, PerturbedWeight) and (not isinstance(value, Tensor) or value.dim() == 0)
 
 
-def _constant(weight: PerturbedWeight, value: Tensor) -> bool:
+def fits(weight: PerturbedWeight, value: Tensor) -> bool:
     """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
     own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
     fact = weight.batch.known(value)
     if isinstance(fact, Rows):
         return False
-    fits = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
-    if not fits or value.dim() <= dim or fact is NONE:
-        return fits
+    within = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
+    if not within or value.dim() <= dim or fact is NONE:
+        return within
     # an axis of the weight's own can hold no rows, so what fills it is no data, even where the batch has that size by chance
     return own[dim + len(own) - value.dim()] != 1 or value.shape[dim] != rows
 
@@ -72,6 +73,17 @@ def _constant(weight: PerturbedWeight, value: Tensor) -> bool:
 def _multiply(weight: PerturbedWeight, value: Any, operation: Any) -> PerturbedWeight:
     """``weight * value`` or ``weight / value`` for a value that all members share."""
     return weight.map(lambda tensor: operation(tensor, value))
+
+
+def _scaled_by_number(a: Any, b: Any) -> PerturbedWeight | None:
+    """The product of a weight with a weight of one number, in which the terms of the first stay what they are."""
+    if not (isinstance(a, PerturbedWeight) and isinstance(b, PerturbedWeight)) or a.batch.members is None:
+        return None
+    weight, number = (a, b) if b.mean_weight.numel() == 1 else (b, a)
+    if number.mean_weight.numel() != 1 or number.mean_weight.dim() > weight.mean_weight.dim():
+        return None
+    weight.require_drawn("a product of weights")
+    return scaled(weight, number.dense().reshape(-1, 1), None)
 
 
 def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Any:
@@ -82,12 +94,13 @@ def _aligned(operation: Any, a: Any, b: Any, **kwargs: Any) -> Any:
             raise missing_rule(operation, a, (a, b), "two weights drawn per token have no product")
         ndim = max(a.mean_weight.dim(), b.mean_weight.dim())
         result: Tensor = operation(*(_lifted(w.dense(), ndim) for w in (a, b)), **kwargs)
-        zero = torch.zeros_like(result[0]) if len(result) else torch.zeros_like(operation(a.mean_weight, b.mean_weight))
-        return a.replace(zero, [Term(result, per_member=True)])
+        zero = torch.zeros_like(operation(a.mean_weight, b.mean_weight))
+        return a.replace(zero, [Term(result.to(zero.dtype), per_member=True)])
     x, values = spread(weight, x, operation_name(operation))
     first, second = (values, x) if weight is a else (x, values)
     aligned: Tensor = operation(first, second, **kwargs)
-    return aligned
+    # one number, of which each row has its own, decides no dtype
+    return aligned.to(torch.result_type(weight.mean_weight, x)) if not weight.mean_weight.dim() else aligned
 
 
 def _lifted(weights: Tensor, ndim: int) -> Tensor:
@@ -108,8 +121,10 @@ _REFLECTED = {
 def mul(input: Any, other: Any) -> Any:
     a, b = input, other
     weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
-    if _scalar(value) or (not isinstance(value, PerturbedWeight) and _constant(weight, value)):
+    if _scalar(value) or (not isinstance(value, PerturbedWeight) and fits(weight, value)):
         return _multiply(weight, value, torch.mul)
+    if (scaled := _scaled_by_number(a, b)) is not None:
+        return scaled
     return _aligned(torch.mul, a, b)
 
 
@@ -118,10 +133,14 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     a, b = input, other
     if rounding_mode is not None:
         raise missing_rule(torch.div, a if isinstance(a, PerturbedWeight) else b, (a, b), "rounding is not linear")
-    if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or _constant(a, b)):
+    if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or fits(a, b)):
         return _multiply(a, b, torch.div)
     if _scalar(a):
         return b.replace(torch.zeros_like(b.mean_weight), [Term(a / b.dense(), per_member=True)])
+    if isinstance(b, PerturbedWeight) and b.mean_weight.numel() == 1 and isinstance(a, PerturbedWeight):
+        inverse = b.replace(torch.zeros_like(b.mean_weight), [Term(b.dense().reciprocal(), per_member=True)])
+        if (scaled := _scaled_by_number(a, inverse)) is not None:
+            return scaled
     return _aligned(torch.div, a, b)
 
 
@@ -131,7 +150,7 @@ def _sum(a: Any, b: Any, alpha: float, operation: Any) -> Any:
         other = [term.map(lambda base: base * (sign * alpha)) for term in b.terms]
         return a.replace(operation(a.mean_weight, b.mean_weight, alpha=alpha), [*a.terms, *other])
     weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
-    if isinstance(value, PerturbedWeight) or not (_scalar(value) or _constant(weight, value)):
+    if isinstance(value, PerturbedWeight) or not (_scalar(value) or fits(weight, value)):
         return _aligned(operation, a, b, alpha=alpha)
     if weight is a:
         mean = weight.mean_weight + value * (sign * alpha)
@@ -170,7 +189,7 @@ def _exact(operation: Any) -> None:
 
     def apply(weight: Any, *args: Any, **kwargs: Any) -> PerturbedWeight:
         for other in (*args, *kwargs.values()):
-            if isinstance(other, PerturbedWeight) or (isinstance(other, Tensor) and not _constant(weight, other)):
+            if isinstance(other, PerturbedWeight) or (isinstance(other, Tensor) and not fits(weight, other)):
                 carrier = other if isinstance(other, PerturbedWeight) else weight
                 raise missing_rule(operation, carrier, (weight, other), "its other operand is no constant")
         if weight.batch.members is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flipout.modes import composed, transformed
+from flipout.modes import composed, owned, transformed
 from flipout.signs import unpack
 
 __all__ = ["factored_product", "mean_product", "signed_linear"]
@@ -114,7 +114,7 @@ class _SignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         ctx.save_for_backward(*operands[:5])
-        return _forward(*operands)
+        return owned(_forward(*operands))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

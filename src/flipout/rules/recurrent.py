@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
-from flipout.modes import autocast, transformed
+from flipout.modes import autocast, autocasts, transformed
 from flipout.noise import Source
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
@@ -128,7 +128,7 @@ def _direction(
     cell: Cell, steps: Steps, batch: Batch, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer over packed inputs ``[total, in]``."""
-    mixed = torch.is_autocast_enabled(x.device.type) and not _low_precision(cell, x, weights.hr is not None)
+    mixed = autocasts(x.device.type) and not _low_precision(cell, x, weights.hr is not None)
     signed = _signed(batch, weights) if weights.hr is None and not mixed else None
     if signed is None:
         return _composed(cell, steps, batch, x, h0, c0, weights)
@@ -167,7 +167,7 @@ def _from_source(matrix: SignedMatrix, source: Source | None) -> SignedMatrix:
     """The matrix with a base without gradient, where the kernel can take that on to what the base was made of."""
     if source is None or matrix.base is None or not matrix.base.requires_grad or transformed():
         return matrix
-    if torch.is_autocast_enabled(matrix.mean.device.type):
+    if autocasts(matrix.mean.device.type):
         return matrix
     if source.unit is None:
         return matrix._replace(base=matrix.base.detach(), log_std=source.leaf)

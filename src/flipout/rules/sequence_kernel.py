@@ -7,8 +7,8 @@ With x_t the input and h_{t-1} the hidden state of one sequence, its gates get
 with the same ΔW, r and s at every step. The input terms of all steps are one pair of products; only the hidden pair is left
 inside the loop. Backward walks the loop once for the gradients of the gates, all of whose factors that do not depend on what
 comes from later steps are computed for the whole sequence first, and then forms each weight gradient by one product over all
-steps. Kept between forward and backward: the gates and the cell states, as a plain layer keeps them, the signs as they came, and
-ΔW, or the ε it was made of where that is needed and ΔW follows from it.
+steps. Kept between forward and backward: the gates and the cell states, as a plain layer keeps them, the hidden states of a GRU or
+a plain RNN in a copy of their own, the signs as they came, and ΔW, or the ε it was made of where that is needed and ΔW follows.
 """
 
 from __future__ import annotations
@@ -169,11 +169,12 @@ class _SignedSequence(torch.autograd.Function):
     def forward(ctx: Any, cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         output, h, c, gates, *more = _forward(cell, steps, *tensors)
         ctx.cell, ctx.steps = cell, steps
-        # a plain RNN's gates are its output, which is saved as that
         kept = [*tensors[:5], *(part for matrix in _matrices(tensors) for part in matrix.kept())]
-        ctx.save_for_backward(*kept, output, None if gates is output else gates, *more)
+        # the caller may write into its output: an LSTM's follows from its gates, others keep one of their own
+        own = None if cell is Cell.LSTM else output
+        ctx.save_for_backward(*kept, own, None if gates is output else gates, *more)
         ctx.set_materialize_grads(False)
-        return output, h, c
+        return output if own is None else output.clone(), h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -266,7 +267,7 @@ class _Slopes:
 
 
 def _backward(
-    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Tensor, gates: Tensor, second: Tensor, third: Tensor
+    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Any, gates: Tensor, second: Tensor, third: Tensor
 ) -> list[Tensor | None]:
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, recurrent = (matrix.restored() for matrix in _matrices(tensors))
@@ -279,6 +280,7 @@ def _backward(
     if cell is Cell.GRU:
         d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
     elif c0 is not None and dc is not None:
+        output = third * gates[:, 3 * h0.shape[1] :]
         d, d_candidate = loops.lstm_backward(steps, pieces, dh, dc, c0, gates, second, third, hidden), None
     else:
         d, d_candidate = loops.rnn_backward(cell, steps, pieces, dh, output, hidden), None
