@@ -23,7 +23,7 @@ from flipout import recompute
 from flipout.draw import Draw
 from flipout.errors import DrawError, UnmetWarning
 from flipout.following import follow
-from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows
+from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
@@ -85,7 +85,7 @@ class Call(TorchFunctionMode):
     def __init__(self, module: nn.Module, draw: Draw, layout: Layout) -> None:
         super().__init__()
         self.module, self.draw, self.layout = module, draw, layout
-        self.sites, self.tracker = draw.sites, draw.tracker
+        self.sites, self.tracker = draw.sites, Tracker(draw.members, draw.owner)
         self.met: set[int] = set()
         self.repeats = False
         self._carried = False
@@ -111,7 +111,7 @@ class Call(TorchFunctionMode):
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Notes the rows of the arguments of a call: of those with as many on the batch dimension as the one that counts them."""
         dim, rows = self.layout.dim, self.layout.rows
-        if self._plain or rows is None:
+        if self._plain or not rows:
             return
         sure = True
         for leaf in tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence)):
@@ -234,13 +234,13 @@ class Call(TorchFunctionMode):
 
     def _sharing(self, value: Tensor) -> int | None:
         """The parameter in whose memory a tensor lies."""
-        if value.device.type == "meta" or value.requires_grad or type(value) is not Tensor or value.layout != torch.strided:
+        if value.requires_grad or not _has_memory(value):
             return None
         if self._memory is None:
             self._memory = {}
             for owner, name, i in self._slots:
                 tensor = held(owner, name)
-                if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided:
+                if tensor is not None and _has_memory(tensor):
                     start = tensor.data_ptr()
                     stretch = (start, start + tensor.numel() * tensor.element_size(), i)
                     self._memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(stretch)
@@ -261,6 +261,13 @@ class Call(TorchFunctionMode):
                 elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
                     part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
         self._derived.clear()
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory of its own process, at an address."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _packed_rows(batch: PackedSequence) -> Rows:

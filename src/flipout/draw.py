@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.samples import Sample, Target
-from flipout.rows import Layout, Tracker
+from flipout.rows import Layout
 from flipout.select import Site
 from flipout.weight import Origin, PerturbedWeight, Term
 
@@ -37,7 +37,6 @@ class Draw:
         members: N, the number of different weights (None per token).
         estimator: how the members share the draw.
         owner: the member of each row, where rows are not in member-major blocks; else None.
-        tracker: where the rows of the data stand in the calls under the draw.
         read: whether members' weights or sums of them were asked for.
 
     Example:
@@ -69,7 +68,6 @@ class Draw:
         self.members = None if estimator.per_token else members
         self.estimator = estimator
         self.owner = owner
-        self.tracker = Tracker()
         self.read = False
         self._module = module
         self._sites = sites

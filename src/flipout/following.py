@@ -70,7 +70,7 @@ def _operands(args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def _joined(facts: Iterable[Any]) -> Any:
+def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     """The fact of a result whose operands stand as they say in it already."""
     known = [fact for fact in facts if fact is not NONE]
     if not known:
@@ -81,10 +81,10 @@ def _joined(facts: Iterable[Any]) -> Any:
     rows = [fact for fact in known if isinstance(fact, Rows)]
     if not rows:
         return UNKNOWN
-    if len(rows) == 1 or all(fact.same(rows[0]) for fact in rows[1:]):
+    if len(rows) == 1 or all(tracker.agree(fact, rows[0]) for fact in rows[1:]):
         return rows[0]
     sure = [fact for fact in rows if fact.sure]
-    if sure and all(fact.same(sure[0]) for fact in sure):
+    if sure and all(tracker.agree(fact, sure[0]) for fact in sure):
         return sure[0]
     assumed = next((fact.weight for fact in rows if fact.weight is not None), None)
     axes = sorted({fact.axis for fact in rows})
@@ -112,7 +112,7 @@ def _unknown(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _elementwise(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     ndim = result.dim()
-    return _joined([_aligned(_of(tracker, x), x, ndim) for x in _operands(args, kwargs)])
+    return _joined(tracker, [_aligned(_of(tracker, x), x, ndim) for x in _operands(args, kwargs)])
 
 
 def _first(tracker: Tracker, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
@@ -165,6 +165,8 @@ def _regrouped(fact: Rows, old: Sequence[int], new: Sequence[int]) -> Any:
     """The axis of a regrouped shape in which the rows stand, whatever is folded around them."""
     left, right = _product(old[: fact.axis]) * fact.outer, _product(old[fact.axis + 1 :]) * fact.inner
     size = fact.count if fact.order is None else len(fact.order)
+    if not size or 0 in new:
+        return UNKNOWN
     before = 1
     for axis, n in enumerate(new):
         after = _product(new[axis + 1 :])
@@ -279,7 +281,7 @@ def _concatenated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     facts = [_of(tracker, piece) for piece in pieces]
     along = [fact for fact in facts if isinstance(fact, Rows) and fact.axis == dim]
     if not along:
-        return _joined(facts)
+        return _joined(tracker, facts)
     if len(along) < len(facts):
         return Mixed("which joins rows of the batch with entries that belong to no row")
     if any(fact.count != along[0].count for fact in along):
@@ -292,7 +294,7 @@ def _concatenated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 def _stacked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     pieces = _argument(args, kwargs, 0, "tensors")
     dim = _argument(args, kwargs, 1, "dim", 0) % result.dim()
-    fact = _joined([_of(tracker, piece) for piece in pieces])
+    fact = _joined(tracker, [_of(tracker, piece) for piece in pieces])
     return fact._replace(axis=fact.axis + (fact.axis >= dim)) if isinstance(fact, Rows) else fact
 
 
@@ -354,7 +356,7 @@ def _looked_up(tracker: Tracker, index: Tensor, axis: int, fact: Any) -> Any:
     of_index = _of(tracker, index)
     if fact is NONE and isinstance(of_index, Rows):
         return of_index._replace(axis=of_index.axis + axis)
-    return _joined([fact, UNKNOWN if isinstance(of_index, Rows) else of_index])
+    return _joined(tracker, [fact, UNKNOWN if isinstance(of_index, Rows) else of_index])
 
 
 def _indexed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -372,7 +374,7 @@ def _indexed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         if len(advanced) == 1 and advanced[0].dtype != torch.bool:
             before = next(i for i, item in enumerate(filled) if item is advanced[0])
             return _looked_up(tracker, advanced[0], sum(not isinstance(item, int) for item in filled[:before]), fact)
-        return _joined([fact, *(_of(tracker, item) for item in advanced)]) if not advanced else UNKNOWN
+        return _joined(tracker, [fact, *(_of(tracker, item) for item in advanced)]) if not advanced else UNKNOWN
     # where each axis of x, and the joint axes of the advanced indices, come to stand
     places = [i for i, item in enumerate(filled) if isinstance(item, Tensor) and (item.dim() or item.dtype == torch.bool)]
     adjacent = bool(places) and places == list(range(places[0], places[0] + len(places)))
@@ -391,14 +393,14 @@ def _indexed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
             axis, out = axis + 1, out + 1
         elif i in places:
             if axis <= fact.axis < axis + _width(item):
-                found = _gathered(fact, x, item, fact.axis - axis, first)
+                found = _gathered(fact, x, item, fact.axis - axis, first, wide)
             axis += _width(item)
         else:  # an integer
             if axis == fact.axis:
                 return _dropped(fact, axis, x)
             axis += 1
     rows_in_index = [of for of in (_of(tracker, item) for item in advanced) if isinstance(of, Rows)]
-    if isinstance(found, Rows) and rows_in_index and found.axis != first:
+    if isinstance(found, Rows) and rows_in_index and not first <= found.axis < first + max(wide, 1):
         return Mixed("which was indexed by rows along another axis")
     return UNKNOWN if found is None else found
 
@@ -410,14 +412,15 @@ def _width(item: Any) -> int:
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
-def _gathered(fact: Rows, x: Tensor, index: Tensor, within: int, first: int) -> Any:
+def _gathered(fact: Rows, x: Tensor, index: Tensor, within: int, first: int, wide: int) -> Any:
     """The rows of an advanced index on the axis of rows."""
     stand = entries(fact, x.device)
     if index.dtype == torch.bool:
         return ordered(fact, stand[index.nonzero(as_tuple=True)[within]], first)
-    if index.dim() != 1:
+    long = [axis for axis, size in enumerate(index.shape) if size != 1]
+    if len(long) > 1:
         return Mixed(f"which gathers rows of an input of shape {tuple(x.shape)} by an index of shape {tuple(index.shape)}")
-    return ordered(fact, stand[index], first)
+    return ordered(fact, stand[index.flatten()], first + wide - index.dim() + (long[0] if long else 0))
 
 
 def _set_item(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -447,10 +450,29 @@ def _along(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     if not isinstance(dim, int):
         dim = kwargs.get("dim", -1)
     of_all = [_aligned(_of(tracker, t), t, x.dim()) for t in _operands(args, kwargs) if t.dim() == x.dim()]
-    fact = _joined(of_all)
+    fact = _joined(tracker, of_all)
     if isinstance(fact, Rows) and dim % max(x.dim(), 1) == fact.axis:
         return _lost(x, fact)
     return fact
+
+
+def _added_at(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """index_add and index_copy: along the rows, each entry must be given what belongs to its own member."""
+    x, fact = _first(tracker, args, kwargs)
+    dim = _argument(args, kwargs, 1, "dim") % x.dim()
+    index, source = _argument(args, kwargs, 2, "index"), _argument(args, kwargs, 3, "source")
+    of_source = _of(tracker, source)
+    if not isinstance(of_source, Rows) or of_source.axis != dim:
+        return _joined(tracker, [fact, of_source])
+    inner, left = divmod(x.shape[dim], of_source.count)
+    if fact is UNKNOWN and not left and inner and not torch.compiler.is_compiling():  # zeros, say: as many entries for each row
+        guess = Rows(dim, of_source.count, 1, inner)
+        given = tracker.owners(guess, index.device)[index]
+        return guess if torch.equal(given, tracker.owners(of_source, index.device)) else _lost(source, of_source)
+    if isinstance(fact, Rows) and fact.axis == dim:
+        given = tracker.owners(fact, index.device)[index]
+        return fact if torch.equal(given, tracker.owners(of_source, index.device)) else _lost(source, of_source)
+    return _lost(source, of_source)
 
 
 def _ranked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -520,7 +542,7 @@ def _normed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 def _multiplied(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """a @ b."""
     a, b = _operands(args, kwargs)[:2]
-    return _joined([_left_factor(_of(tracker, a), a, b, result), _right_factor(_of(tracker, b), a, b, result)])
+    return _joined(tracker, [_left_factor(_of(tracker, a), a, b, result), _right_factor(_of(tracker, b), a, b, result)])
 
 
 def _left_factor(fact: Any, a: Tensor, b: Tensor, result: Tensor) -> Any:
@@ -549,7 +571,7 @@ def _added_product(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any
     """addmm, baddbmm, addmv: input + a @ b."""
     x, a, b = _operands(args, kwargs)[:3]
     fact = _multiplied(tracker, (a, b), {}, result)
-    return _joined([_aligned(_of(tracker, x), x, result.dim()), fact])
+    return _joined(tracker, [_aligned(_of(tracker, x), x, result.dim()), fact])
 
 
 def _linear(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -560,7 +582,7 @@ def _linear(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 
 def _bilinear(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
-    return _joined([_of(tracker, x) for x in _operands(args, kwargs)[:2]])
+    return _joined(tracker, [_of(tracker, x) for x in _operands(args, kwargs)[:2]])
 
 
 def _einsum(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -584,7 +606,7 @@ def _einsum(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         letter = letters[fact.axis]
         target = _letters(output, result.dim())
         facts.append(fact._replace(axis=target.index(letter)) if letter in target else _lost(x, fact))
-    return _joined(facts)
+    return _joined(tracker, facts)
 
 
 def _letters(term: str, ndim: int) -> list[str]:
@@ -613,7 +635,7 @@ def _attended(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """scaled_dot_product_attention: the batch axes of queries, keys and values."""
     operands = _operands(args, kwargs)[:3]
     facts = [_aligned(_of(tracker, x), x, result.dim()) for x in operands]
-    fact = _joined(facts)
+    fact = _joined(tracker, facts)
     return _lost(operands[0], fact) if isinstance(fact, Rows) and fact.axis >= result.dim() - 2 else fact
 
 
@@ -621,7 +643,7 @@ def _multi_head(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     query = _argument(args, kwargs, 0, "query")
     fact = _of(tracker, query)
     if not isinstance(fact, Rows):
-        fact = _joined([_of(tracker, x) for x in _operands(args, kwargs)[:3]])
+        fact = _joined(tracker, [_of(tracker, x) for x in _operands(args, kwargs)[:3]])
     return [fact, fact._replace(axis=0) if isinstance(fact, Rows) else fact]
 
 
@@ -718,7 +740,8 @@ _register(_selected, "select")
 _register(_narrowed, "narrow")
 _register(_index_selected, "index_select")
 _register(_along, "gather take_along_dim scatter scatter_add scatter_reduce cumsum cumprod cummax cummin logcumsumexp sort argsort")
-_register(_along, "index_add index_copy index_fill")
+_register(_added_at, "index_add index_copy")
+_register(_along, "index_fill")
 _register(_ranked, "topk kthvalue")
 _register(_padded, "pad constant_pad_nd")
 _register(_windowed, "unfold")

@@ -79,16 +79,14 @@ class LateDraw(Draw):
         self._sites = net.sites
         self.estimator = net.estimator
         self.members, self.owner, self.read = None, None, False
-        self.tracker = Tracker()
         self.started = False
         if members is not None:
             self.start(members, None)
 
     def start(self, members: int, device: torch.device | None) -> None:
         net = self._net
-        tracker = self.tracker
         super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
-        self.tracker, self.started = tracker, True
+        self.started = True
         self.stays_in_this_thread()
 
     def _require_members(self) -> None:
@@ -165,7 +163,7 @@ class Span(Call):
             net, draw = self.net, self.draw
             first = first_batch(args, kwargs)
             fact = self.tracker.find(first) if isinstance(first, Tensor) else None
-            if isinstance(fact, Rows):  # what another part returned
+            if isinstance(fact, Rows) and part is not self.module:  # what another part returned
                 rows, dim = fact.count, fact.axis
             else:
                 dim = rows_dim(part, net.batch_dim)
@@ -173,6 +171,9 @@ class Span(Call):
             if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows, None if first is None else getattr(first, "data", first).device)
             require_blocks(rows, draw.members, dim)
+            if part is self.module:  # what other calls returned stands as this call has it
+                self.tracker = Tracker(draw.members, draw.owner)
+            self.tracker.members = draw.members
             self.tracker.forget_the_dead()
             self.layout = draw.layout(rows, dim)
             self._weights.clear()

@@ -80,7 +80,7 @@ class Regions:
         if pack is not self._last:
             self._last = pack
             self._enter(call)
-        tracker = self._draw.tracker
+        tracker = call.tracker
         if tracker.logs and not self._draw.estimator.has_members:
             for notes in tracker.logs:
                 notes.states.append(_generator(self._draw).get_state())
@@ -98,7 +98,7 @@ class Regions:
                 frame._flipout_notes = notes
                 frame.recompute_fn = notes.run_again
             found.append(notes)
-        self._draw.tracker.logs = found
+        call.tracker.logs = found
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -130,24 +130,25 @@ class _Notes:
     """What a region found in its first run, to be found again: where rows stood, and states of the generator."""
 
     def __init__(self, call: Call, recompute_fn: Any) -> None:
-        self.call = call
+        self.call, self.tracker, self.layout = call, call.tracker, call.layout
         self._again = recompute_fn
         self.facts: list[Any] = []
         self.states: list[Any] = []
 
     def run_again(self, *args: Any) -> Any:
-        call, tracker = self.call, self.call.draw.tracker
-        before = tracker.replay, tracker.logs, call.repeats, call.regions._last
+        call, tracker = self.call, self.tracker
+        before = tracker.replay, tracker.logs, call.repeats, call.regions._last, call.tracker, call.layout
         generator = None if call.draw.estimator.has_members else _generator(call.draw)
         state = None if generator is None else generator.get_state()
         for _, weight in call._weights.values():
             getattr(getattr(weight, "origin", None), "uses", []).clear()
         tracker.replay, tracker.logs, call.repeats, call.regions._last = _Replay(self), [], True, None
+        call.tracker, call.layout = tracker, self.layout
         try:
             with call:
                 return self._again(*args)
         finally:
-            tracker.replay, tracker.logs, call.repeats, call.regions._last = before
+            tracker.replay, tracker.logs, call.repeats, call.regions._last, call.tracker, call.layout = before
             if generator is not None:
                 generator.set_state(state)
 

@@ -71,9 +71,14 @@ class Tracker:
     """What is known of the tensors that a call has met: weights, and where the rows of its data stand.
 
     Tensors are known by identity and are not kept alive. A compiler traces plain dictionaries only; what it traces has no memory.
+
+    Args:
+        members: N of the draw.
+        owner: the member of each row, where rows are not in member-major blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, members: int | None = None, owner: Tensor | None = None) -> None:
+        self.members, self.owner = members, owner
         self._facts: dict[int, tuple[Any, Any]] = {}
         self._traced: dict[Tensor, Any] | None = {} if torch.compiler.is_compiling() else None
         self.landed: Rows | None = None
@@ -100,6 +105,25 @@ class Tracker:
             self._traced[tensor] = fact
         else:
             self._facts[id(tensor)] = (weakref.ref(tensor), fact)
+
+    def owners(self, fact: Rows, device: torch.device) -> Tensor:
+        """The member of each entry on the axis of rows."""
+        rows = entries(fact, device)
+        if self.owner is not None:
+            return self.owner.to(device)[rows]
+        return torch.div(rows, fact.count // max(self.members or 1, 1), rounding_mode="floor")
+
+    def agree(self, a: Rows, b: Rows) -> bool:
+        """Whether entries of two tensors that meet each other belong to the same members."""
+        if a.same(b):
+            return True
+        if a.axis != b.axis or a.size != b.size or a.count != b.count or torch.compiler.is_compiling():
+            return False
+        if a.order is None and b.order is None and self.owner is None:
+            return False
+        orders = [fact.order for fact in (a, b) if fact.order is not None]
+        device = orders[0].device if orders else torch.device("cpu")
+        return bool(torch.equal(self.owners(a, device), self.owners(b, device)))
 
     def forget_the_dead(self) -> None:
         """Drops what was noted of tensors that are gone, where it has become much."""

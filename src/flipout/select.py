@@ -154,10 +154,10 @@ def select(
         if chosen is None:
             continue
         slots = tuple((owner, attribute) for _, owner, attribute in found)
+        _require_python(own[0], slots)
         parameter = held(*slots[0])
         _require_real(own[0], parameter)
         _require_shape(own[0], chosen, parameter)
-        _require_python(own[0], slots)
         sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own), padding=_padding(slots)))
     if not sites:
         raise ArgumentError(

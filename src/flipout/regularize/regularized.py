@@ -18,7 +18,7 @@ from flipout.regularize.masks import Dropout, EmbeddingDropout
 from flipout.regularize.methods import Method
 from flipout.regularize.recurrence import Place, check_layer, run_layer
 from flipout.regularize.replaced import current_forward, replaced
-from flipout.select import rows_dim
+from flipout.rows import rows_dim
 
 __all__ = ["Regularized"]
 
