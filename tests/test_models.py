@@ -155,7 +155,7 @@ def test_an_index_without_a_batch_dimension_raises_with_the_pattern(name: str, p
     entry, module = made(name)
     before = dict(module.named_parameters())
     net = flipout.Perturbed(module, NOISE)
-    with pytest.raises(flipout.BatchError, match=rf"{parameter}.*exclude='[a-z0-9_.A-Z]*{parameter}"):
+    with pytest.raises(flipout.FlipoutError, match=rf"{parameter}.*exclude='[a-z0-9_.A-Z]*{parameter}"):
         net(**entry.inputs(N))
     assert all(value is before[key] for key, value in module.named_parameters())
 

@@ -488,7 +488,9 @@ def test_rows_that_are_not_the_modules_own() -> None:
         wrapped(Folded())(torch.randn(2, 5, 3, dtype=torch.float64))
 
 
-def test_packed_data_without_its_order() -> None:
+def test_packed_data_outside_of_its_layer() -> None:
+    """The order of the sequences is followed from the packed batch to the operation."""
+
     class Loose(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -499,8 +501,15 @@ def test_packed_data_without_its_order() -> None:
             weights = [layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0]
             return torch.gru(packed.data, packed.batch_sizes, h, weights, True, 1, 0.0, False, False)[0]
 
-    with pytest.raises(flipout.BatchError, match="order in which its sequences were sorted is unknown"):
-        wrapped(Loose())(pack_sequence(sequences(), enforce_sorted=False))
+    net, given = wrapped(Loose()), sequences()
+    packed = pack_sequence(given, enforce_sorted=False)
+    with net.hold(len(given)) as draw:
+        y = net(packed)
+        lengths = [len(sequence) for sequence in given]
+        padded, _ = pad_packed_sequence(packed._replace(data=y), batch_first=True)
+        for n, sequence in enumerate(given):
+            own, _ = draw.module(n).layer(sequence)
+            assert distance(padded[n, : lengths[n]], own) <= EXACT
 
 
 def test_states_of_another_batch() -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipout import recompute
 from flipout.draw import Draw
-from flipout.errors import DrawError, UnmetWarning
+from flipout.errors import BatchError, DrawError, UnmetWarning
 from flipout.following import follow
 from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
@@ -247,6 +247,18 @@ class Call(TorchFunctionMode):
         stretches = self._memory.get(value.untyped_storage().data_ptr(), ())
         start = value.data_ptr() if stretches else 0
         return next((i for first, last, i in stretches if first <= start < last), None)
+
+    def require_rows(self, output: Any) -> None:
+        """Raises BatchError where a call returns a perturbed weight itself, which has no rows."""
+        for leaf in (output,) if type(output) is Tensor else tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                fact = self.tracker.find(leaf)
+                name = leaf.origin.name if type(leaf) is PerturbedWeight else self.sites[fact].name if type(fact) is int else None
+                if name is not None:
+                    raise BatchError(
+                        f"{type(self.module).__name__} returned the perturbed weight {name!r} {tuple(leaf.shape)} itself, which has no "
+                        "rows; combine it with the input first, or read it with hold() and draw.weights(n)"
+                    )
 
     # --- the end ----------------------------------------------------------------------------------------------------------
 

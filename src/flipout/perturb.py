@@ -21,7 +21,6 @@ from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
 from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import Selection, Site, check_generator
-from flipout.weight import PerturbedWeight
 
 __all__ = ["Perturbed"]
 
@@ -172,11 +171,7 @@ class Perturbed(nn.Module):
                 output = self.module(*args, **kwargs)
         finally:
             call.close()
-        if type(output) is PerturbedWeight:
-            raise BatchError(
-                f"{type(self.module).__name__} returned the perturbed weight {output.origin.name!r} {tuple(output.shape)} itself, "
-                "which has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
-            )
+        call.require_rows(output)
         if not compiling:
             self.ledger.settle(call, self._lost())
         return output

@@ -116,8 +116,6 @@ LISTED_MEMBERS = [
     _linear("hard_threshold", lambda m: torch.where(m.w.abs() > 0.1, m.w, 0.0), **W),
     _linear("flip", lambda m: m.w.flip(0), **W),
     _linear("roll", lambda m: m.w.roll(1, 1), **W),
-    _linear("repeat", lambda m: m.w.repeat(2, 1), **W),
-    _linear("tile", lambda m: torch.tile(m.w, (2, 1)), **W),
     _linear("stack", lambda m: torch.stack([m.w, m.v]), w=(5,), v=(5,)),
     _linear("diag", lambda m: torch.diag(m.w), w=(5,)),
     _linear("power_of_two_weights", lambda m: torch.exp(m.w) ** m.v, w=(3, 5), v=(3, 5)),
