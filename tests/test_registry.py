@@ -62,7 +62,7 @@ def test_the_nearest_estimator_and_the_last_registration_win() -> None:
     def answer(value: str) -> Any:
         return lambda *_, **__: value
 
-    net = flipout.Perturbed(Distances(), flipout.Gaussian(0.2), Mine())
+    net = flipout.Perturbed(Distances(), flipout.Gaussian(0.2), Mine(), include="points")
     seen: list[object] = []
     net.module.forward = lambda x: seen.append(torch.cdist(x, net.module.points)) or x
     for operation, estimator, expected in (

@@ -39,16 +39,11 @@ def by_run(x: Tensor, stack: Tensor) -> Tensor:
 
 
 def test_every_row_sees_a_matrix_of_its_own() -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def use(x: Tensor, stack: Tensor) -> Tensor:
-        drawn = stack.transpose(-2, -1).for_tokens(ROWS)  # type: ignore[attr-defined]
-        seen.append((grouped_product(x, drawn, ENDS, by_run), drawn.dense()))
-        return x
-
     x = torch.randn(ROWS, IN, dtype=torch.float64)
-    flipout.Perturbed(Experts(use).double(), flipout.Gaussian(0.5), TOKEN)(x)
-    ((y, dense),) = seen
+    net = flipout.Perturbed(Experts(lambda x, _: x).double(), flipout.Gaussian(0.5), TOKEN)
+    (stack,) = net.draw(ROWS).carriers(ROWS, 0)
+    drawn = stack.transpose(-2, -1).for_tokens(ROWS)  # type: ignore[attr-defined]
+    y, dense = grouped_product(x, drawn, ENDS, by_run), drawn.dense()
     expected = torch.einsum("ti,tio->to", x, dense[torch.arange(ROWS), GROUP])
     assert distance(y, expected) < EXACT
     assert len(torch.unique(dense.flatten(1), dim=0)) == ROWS

@@ -47,9 +47,10 @@ class Ledger:
         Raises:
             DrawError: if none of them did; if some did not, under ``unmet="raise"``.
         """
-        met, sites, kind = call.met, call.sites, type(call.module).__name__
-        if self.unmet == "ignore" or (len(met) == len(sites) and not lost):
+        met, sites = call.met, call.sites
+        if (len(met) == len(sites) and not lost) or self.unmet == "ignore":
             return
+        kind = type(call.module).__name__
         if not met:
             raise DrawError(
                 f"none of the perturbed parameters of {kind} ({_listed([site.name for site in sites])}) met an operation, so the call "
@@ -89,6 +90,7 @@ class Call(TorchFunctionMode):
         self.met: set[int] = set()
         self.repeats = False
         self._carried = False
+        self._tracing = torch.compiler.is_compiling()
         self._plain = draw.is_one_weight or draw.members is None
         self._graded = torch.is_grad_enabled()
         self._slots = [(owner, name, i) for i, site in enumerate(self.sites) for owner, name in site.slots]
@@ -96,7 +98,7 @@ class Call(TorchFunctionMode):
         self._derived: list[Any] = []
         self._buffers: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
-        if not torch.compiler.is_compiling():
+        if not self._tracing:
             self._task = torch._C._current_graph_task_id()
             self.regions = recompute.Regions(draw)
         self.learn()
@@ -114,7 +116,8 @@ class Call(TorchFunctionMode):
         if self._plain or not rows:
             return
         sure = True
-        for leaf in tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence)):
+        flat = not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        for leaf in args if flat else tree_leaves((args, kwargs), is_leaf=_is_packed):
             if isinstance(leaf, PackedSequence):
                 self.tracker.note(leaf.data, _packed_rows(leaf))
             elif isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == rows:
@@ -128,18 +131,20 @@ class Call(TorchFunctionMode):
         if func in _RAW:
             return func(*args, **kwargs)
         self._carried = False
-        given = [self._swap(arg, func) for arg in args]
+        given = tuple([self._swap(arg, func) for arg in args])
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
-        if self._carried and not self._plain:
+        if not self._carried:
+            result = func(*given, **named)
+        elif self.draw.is_one_weight:
+            return func(*given, **named)
+        else:
             before, AT_HAND.tracker = AT_HAND.tracker, self.tracker
             try:
-                result = func(*given, **named)
+                result = PerturbedWeight.__torch_function__(func, types, given, named)
             finally:
                 AT_HAND.tracker = before
-        else:
-            result = func(*given, **named)
         if type(result) is PerturbedWeight:
-            if not torch.compiler.is_compiling():
+            if not self._tracing:
                 self._derived.append(weakref.ref(result))
         elif not self._plain:
             follow(self.tracker, func, given, named, result)
@@ -168,7 +173,7 @@ class Call(TorchFunctionMode):
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
         self._carried = True
-        if torch.compiler.is_compiling():
+        if self._tracing:
             self.met.add(i)
             return self._weight(i, mean)
         if torch._C._current_graph_task_id() != self._task and not self.repeats:
@@ -182,7 +187,7 @@ class Call(TorchFunctionMode):
         key = (i, torch.is_grad_enabled())
         made = self._weights.get(key)
         if made is None or made[0] is not mean:
-            if torch.compiler.is_compiling():
+            if self._tracing or self.regions.none:
                 weight = self.draw.carrier(i, mean, self.layout)
             else:
                 with self.regions.unseen():
@@ -192,14 +197,14 @@ class Call(TorchFunctionMode):
 
     def _require_visible(self, name: str, func: Any) -> None:
         """Raises where a weight has reached the forward of a custom autograd Function, into which autograd does not look."""
-        if self._graded and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and recompute.inside_function():
+        if self._graded and not torch.is_grad_enabled() and not self._tracing and recompute.inside_function():
             raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
 
     # --- what a tensor is -------------------------------------------------------------------------------------------------
 
     def _classify(self, value: Tensor) -> Any:
         """What a tensor is that the call has not met: a parameter that was put into a slot meanwhile, or something else."""
-        if torch.compiler.is_compiling():
+        if self._tracing:
             return UNSEEN
         fact = self._fact_of(value)
         self.tracker.note(value, fact)
@@ -264,7 +269,7 @@ class Call(TorchFunctionMode):
 
     def close(self) -> None:
         """Leaves no carrier in the module: hooks that compute a weight (weight_norm, prune) store it as an attribute."""
-        if torch.compiler.is_compiling() or not any(weight() is not None for weight in self._derived):
+        if not self._derived or not any(weight() is not None for weight in self._derived):
             return
         for part in self.module.modules():
             for name, value in part.__dict__.items():
@@ -273,6 +278,10 @@ class Call(TorchFunctionMode):
                 elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
                     part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
         self._derived.clear()
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedSequence)
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -68,6 +68,8 @@ class Draw:
         self.members = None if estimator.per_token else members
         self.estimator = estimator
         self.owner = owner
+        #: Whether all rows see one weight (Shared, a single member): an ordinary tensor, which needs no rule.
+        self.is_one_weight = isinstance(estimator, Shared) or (self.members == 1 and estimator.has_members)
         self.read = False
         self._module = module
         self._sites = sites
@@ -78,7 +80,7 @@ class Draw:
         self._samples = self._padded(self._sample(device) if samples is None else samples)
         self._fixed: dict[int, Tensor] = {}
         self._layouts: dict[tuple[int | None, int], Layout] = {}
-        self._carriers: dict[tuple[int, Layout], tuple[Any, Tensor]] = {}
+        self._carriers: dict[tuple[int, Layout], tuple[Tensor, Any, Tensor]] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -118,11 +120,6 @@ class Draw:
             source = None
         return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
 
-    @property
-    def is_one_weight(self) -> bool:
-        """Whether all rows see one weight (Shared, a single member): an ordinary tensor, which needs no rule."""
-        return isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members)
-
     def layout(self, rows: int | None, dim: int) -> Layout:
         """Whose rows are whose in an input with ``rows`` rows on ``dim``."""
         found = self._layouts.get((rows, dim))
@@ -132,20 +129,17 @@ class Draw:
 
     def carrier(self, i: int, mean: Tensor, layout: Layout) -> Tensor:
         """The weight of the i-th selected parameter, whose mean stands as ``mean``; the last one where nothing in it has moved."""
+        last = self._carriers.get((i, layout))
+        if last is not None and last[0] is mean and last[1] == (mean.dtype, mean.device, mean.requires_grad):
+            return last[2]
         if self.is_one_weight:
             return _only(mean, self._terms(i, mean))
-        compiling = torch.compiler.is_compiling()
-        key = (mean, mean.dtype, mean.device, mean.requires_grad)  # carriers read the mean in place, but copied its metadata
-        if not compiling:
-            last = self._carriers.get((i, layout))
-            if last is not None and last[0][0] is mean and last[0][1:] == key[1:]:
-                return last[1]
         site = self._sites[i]
         generator = None if self.estimator.has_members else self._generator
         origin = Origin(site.name, self.estimator, self._fallback, generator, [])
         weight = PerturbedWeight(mean, self._terms(i, mean), layout, origin)
-        if not compiling and i in self._fixed and self.estimator.has_members:
-            self._carriers[i, layout] = (key, weight)
+        if i in self._fixed and self.estimator.has_members:  # it reads the mean in place, but copied its metadata
+            self._carriers[i, layout] = (mean, (mean.dtype, mean.device, mean.requires_grad), weight)
         return weight
 
     def carriers(self, rows: int, dim: int) -> list[Tensor]:

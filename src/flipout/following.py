@@ -29,6 +29,10 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
     if tracker.replay is not None:
         return
     handler = _HANDLERS.get(func, _unknown)
+    if handler is _elementwise and len(args) == 1 and not kwargs and isinstance(result, Tensor):
+        fact = tracker.find(args[0])
+        tracker.note(result, UNKNOWN if fact is UNSEEN else fact)
+        return
     if not isinstance(result, (Tensor, tuple, list)) and handler is not _set_item:
         return
     try:
@@ -170,7 +174,7 @@ def _regrouped(fact: Rows, old: Sequence[int], new: Sequence[int]) -> Any:
     before = 1
     for axis, n in enumerate(new):
         after = _product(new[axis + 1 :])
-        if before * n >= left * size and before <= left and n > 1:
+        if before * n >= left * size and before <= left:
             if not after or left % before or right % after or n != left // before * size * (right // after):
                 break
             outer, inner = left // before, right // after

@@ -78,7 +78,7 @@ class LateDraw(Draw):
         self._net = net
         self._sites = net.sites
         self.estimator = net.estimator
-        self.members, self.owner, self.read = None, None, False
+        self.members, self.owner, self.read, self.is_one_weight = None, None, False, False
         self.started = False
         if members is not None:
             self.start(members, None)
@@ -99,17 +99,17 @@ class LateDraw(Draw):
 
 
 @contextmanager
-def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
+def in_place(net: Perturbed, draw: Draw, must_be_used: bool = True) -> Iterator[None]:
     """Perturbs ``net.module`` by a draw of it, for the operations of this thread inside the context.
 
-    Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
+    With ``must_be_used`` a context in which no operation meets a weight raises, even if the module was not called. Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
     """
     span = draw.calls = Span(net, draw)
     try:
         span.attach()
         with run_eagerly(), span:
             yield
-        if not draw.read or span.called:
+        if not draw.read and (span.called or must_be_used):
             net.ledger.settle(span)
     finally:
         draw.calls = None

@@ -183,7 +183,8 @@ class Perturbed(nn.Module):
 
     def _lost(self) -> list[str]:
         """The parameters that were perturbed when the module was wrapped and are no longer in it."""
-        return [name for name in self._first if name not in self._selection.names]
+        names = self._selection.names
+        return [] if names is self._first else [name for name in self._first if name not in names]
 
     @contextmanager
     def sampling(self) -> Iterator[Perturbed]:

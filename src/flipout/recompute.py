@@ -81,10 +81,11 @@ class Regions:
             self._last = pack
             self._enter(call)
         tracker = call.tracker
-        if tracker.logs and not self._draw.estimator.has_members:
-            for notes in tracker.logs:
-                notes.states.append(_generator(self._draw).get_state())
-        if tracker.replay is not None and not self._draw.estimator.has_members:
+        if not (tracker.logs or tracker.replay) or self._draw.estimator.has_members:
+            return
+        for notes in tracker.logs:
+            notes.states.append(_generator(self._draw).get_state())
+        if tracker.replay is not None:
             _generator(self._draw).set_state(tracker.replay.next_state())
 
     def _enter(self, call: Call) -> None:
@@ -100,12 +101,14 @@ class Regions:
             found.append(notes)
         call.tracker.logs = found
 
+    @property
+    def none(self) -> bool:
+        """Whether the call is in no region."""
+        return self._last is None
+
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Hides what is computed inside from the regions: it is not computed again."""
-        if self._last is None:
-            yield
-            return
         _push(_itself, _itself)
         try:
             yield

@@ -56,10 +56,10 @@ class PerturbedWeight(torch.Tensor):
         >>> import flipout
         >>> class Look(torch.nn.Linear):
         ...     def forward(self, x):
-        ...         print(self.weight)
+        ...         print(self.weight.t())
         ...         return super().forward(x)
         >>> y = flipout.Perturbed(Look(3, 2), flipout.Gaussian(0.1))(torch.ones(4, 3))
-        PerturbedWeight('weight', shape=(2, 3), members=4, estimator=Flipout(granularity='example', per_step=False))
+        PerturbedWeight('weight', shape=(3, 2), members=4, estimator=Flipout(granularity='example', per_step=False))
     """
 
     mean_weight: Tensor

@@ -169,7 +169,7 @@ class EvolutionStrategy:
         self._open = True
         try:
             guard = members.guard = BatchGuard(self.module, members.count)
-            with torch.no_grad(), kept_buffers(self.module), guard.attached(), in_place(self._net, members):
+            with torch.no_grad(), kept_buffers(self.module), guard.attached(), in_place(self._net, members, must_be_used=False):
                 yield members
         finally:
             self._open = False

@@ -78,12 +78,13 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         return linear(flat, *drawn).view(*input.shape[:-1], weight.shape[0])
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
-    x, input, weight, place = _blocks(input, weight, "linear")
-    shape = (*input.shape[:-1], weight.mean_weight.shape[0])
-    if input.dim() == 2 and input.shape[0] == weight.batch.members:
-        fused = _fused(input, weight, bias, place)
+    if input.dim() == 2 and input.shape[0] == weight.batch.members and weight.batch.owner is None:
+        input, place = weight.where(input, 1, "linear")
+        fused = _fused(input, weight, bias, place) if place.blocks else None
         if fused is not None:
             return _add_bias(fused[0], fused[1], place)
+    x, input, weight, place = _blocks(input, weight, "linear")
+    shape = (*input.shape[:-1], weight.mean_weight.shape[0])
     fused = _fused(x, weight, bias, place)
     if fused is not None:
         return _add_bias(fused[0].view(shape), fused[1], place)
