@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from flipout.buffers import kept_buffers
 from flipout.calls import Call
 from flipout.compiled import run_eagerly
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError, VerificationError
+from flipout.modes import autocasts
 from flipout.perturb import Perturbed
 from flipout.rows import Rows, count_rows, first_batch, own_rows_dim
 from flipout.weight import PerturbedWeight, operation_name
@@ -72,7 +73,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.module} under {self.estimator}: each of {self.rows} rows is that of the plain module with its member's weights "
+            f"{self.module} under {self.estimator}: each of {self.rows} rows is that of the plain module with its member's "
+            f"weights "
             f"({self.members} members)",
             f"largest difference: {self.difference:.2g} of the output's scale (tolerance {self.tolerance:.2g})",
             f"torch operations: {self.operations}; perturbed parameters that met one: {len(self.met)} of "
@@ -98,7 +100,7 @@ def verify(net: Perturbed, *inputs: Any, members: int | None = None, tolerance: 
             have as many entries on ``batch_dim`` as the batch has rows are split; anything else is passed whole.
         members: N, a divisor of the number of rows; None for one member a row.
         tolerance: the largest difference to allow, relative to the scale of each output; None for 1e-9 in float64, 1e-4 in
-            float32, 1e-2 in float16, .05 in bfloat16.
+            float32, 1e-2 in float16, .05 in bfloat16, by the coarsest of these that the model computes in.
 
     Returns:
         What was found.
@@ -124,7 +126,8 @@ def verify(net: Perturbed, *inputs: Any, members: int | None = None, tolerance: 
     if not net.estimator.has_members:
         other = "Flipout" if all(noise.symmetric for noise in net.noises.values()) else "Independent"
         raise DrawError(
-            f"under {net.estimator} members have no weights that can be listed, so rows cannot be compared with plain modules; verify "
+            f"under {net.estimator} members have no weights that can be listed, so rows cannot be compared with plain modules; "
+            f"verify "
             f"the same weights under another estimator: with net.using(flipout.{other}()): flipout.verify(net, ...)"
         )
     rows = count_rows(net.module, net.batch_dim, inputs, kwargs, net.rows)
@@ -148,7 +151,7 @@ class _Proof:
         self.inputs = (args, kwargs)
         self.first = first_batch(args, kwargs)
         self.ragged = bool(_packed(self.inputs))
-        self.tolerance = tolerance or 0.0
+        self.tolerance, self.rounding = tolerance or 0.0, 0.0
         self.given = tolerance is not None
 
     @property
@@ -162,11 +165,11 @@ class _Proof:
         outputs = list(_leaves(whole))
         if any(tensor.device.type == "meta" for _, tensor in outputs):
             raise ArgumentError('the outputs are on the device "meta", which has no numbers to compare')
+        dtypes = {tensor.dtype for _, tensor in outputs} | {site.mean.dtype for site in self.draw.sites} | seen.dtypes
+        self.rounding = max(_TOLERANCES.get(dtype, 1e-9) for dtype in dtypes | _autocast(outputs))
         if not self.given:
-            self.tolerance = _default_tolerance(self.net, [tensor for _, tensor in outputs])
-        if len(again) != len(outputs) or any(
-            _gap(b, a) > self.tolerance for (_, a), (_, b) in zip(outputs, again, strict=True)
-        ):
+            self.tolerance = self.rounding
+        if len(again) != len(outputs) or any(_gap(b, a) > self.tolerance for (_, a), (_, b) in zip(outputs, again, strict=True)):
             raise self._unsteady()
         del again
         call = seen.call
@@ -177,7 +180,8 @@ class _Proof:
             parts = list(_leaves(self._alone(self.draw.module(n), n)))
             if [path for path, _ in parts] != [path for path, _ in outputs]:
                 raise VerificationError(
-                    f"{self.name} has other outputs for {self._whose(n)} alone ({_paths(parts)}) than for the batch ({_paths(outputs)})"
+                    f"{self.name} has other outputs for {self._whose(n)} alone ({_paths(parts)}) than for the batch "
+                    f"({_paths(outputs)})"
                 )
             for i, ((path, y), (_, part)) in enumerate(zip(outputs, parts, strict=True)):
                 gap = self._distance(y, part, n, places[i])
@@ -190,7 +194,8 @@ class _Proof:
         unchecked = [outputs[i][0] for i, parts in shared.items() if not self._is_common(outputs[i][1], parts)]
         if len(unchecked) == len(outputs):
             raise VerificationError(
-                f"{self.name} returns nothing that has rows ({_paths(outputs)}), so there is nothing to compare; wrap and verify the part "
+                f"{self.name} returns nothing that has rows ({_paths(outputs)}), so there is nothing to compare; wrap and "
+                f"verify the part "
                 "that gives one result for each example, and compute losses outside of it"
             )
         sites = self.draw.sites
@@ -214,14 +219,18 @@ class _Proof:
     def _alone(self, module: nn.Module, n: int) -> Any:
         """A plain module on the rows of a member."""
         args, kwargs = _mapped(self.inputs, lambda leaf: self._part(leaf, n))
+        mode = _Failing(module)
         try:
-            with BaseTorchFunctionMode():  # under any such mode torch takes the same of its fast paths
+            with mode:  # under any such mode torch takes the same of its fast paths
                 return module(*args, **kwargs)
         except Exception as error:
             raise VerificationError(
-                f"the plain {self.name} cannot run on {self._whose(n)} alone, so its rows cannot be compared "
-                f"({type(error).__name__}: {error}). Tensors with {self.rows} entries on batch_dim={self.net.batch_dim} were split, the "
-                "others passed whole; verify a part of it whose arguments are like that, or fewer members with several rows each"
+                f"the plain {self.name} cannot run on {self._whose(n)} alone, so its rows cannot be compared"
+                f"{f', in {mode.failed}' if mode.failed else ''} ({type(error).__name__}: {error}). Tensors with {self.rows} "
+                f"entries on "
+                f"batch_dim={self.net.batch_dim} were split, the others passed whole; verify a part of it that takes one row "
+                f"alone, or "
+                "fewer members with several rows each (members=)"
             ) from error
 
     def _part(self, leaf: Any, n: int) -> Any:
@@ -306,6 +315,16 @@ class _Proof:
 
     def _astray(self, n: int, path: str, gap: float) -> VerificationError:
         mean = self.net.module
+        where = f"output {path}" if path else "the output"
+        start = (
+            f"{self._whose(n)} of {where} of {self.name} under {self.draw.estimator} differs by {gap:.2g} of its scale from "
+            f"the plain "
+            f"module with the weights of member {n} (tolerance {self.tolerance:.2g})."
+        )
+        if gap <= self.rounding:
+            return VerificationError(
+                f"{start} Rounding does as much in this dtype; verify in float64, or under a larger tolerance="
+            )
         expected, own = list(_leaves(self._whole(mean))), list(_leaves(self._alone(mean, n)))
         gaps = [self._distance(y, part, n, None) or 0.0 for (_, y), (_, part) in zip(expected, own, strict=True)]
         recorder = _Recorder(mean, keep=True)
@@ -314,18 +333,16 @@ class _Proof:
         blame = self._mixing(recorder.operations, n)
         if max(gaps) > self.tolerance:
             return VerificationError(
-                f"the plain {self.name} is not independent row by row: without any noise, {self._whose(n)} alone and within the batch "
-                f"differ by {max(gaps):.2g} of the output's scale. {blame.mixing()} Examples that look at each other have no weights of "
+                f"the plain {self.name} is not independent row by row: without any noise, {self._whose(n)} alone and within "
+                f"the batch "
+                f"differ by {max(gaps):.2g} of the output's scale. {blame.mixing()} Examples that look at each other have no "
+                f"weights of "
                 "their own; exclude the parameters up to there, or verify the part before it"
             )
         recorder = _Recorder(mean, keep=True)
         self._perturbed(recorder)
         blame = self._straying(recorder.operations, n, blame.places)
-        where = f"output {path}" if path else "the output"
-        return VerificationError(
-            f"{self._whose(n)} of {where} of {self.name} under {self.draw.estimator} differs by {gap:.2g} of its scale from the plain "
-            f"module with the weights of member {n} (tolerance {self.tolerance:.2g}). {blame.astray()}"
-        )
+        return VerificationError(f"{start} {blame.astray()}")
 
     def _mixing(self, kept: list[_Operation], n: int) -> _Blame:
         """The first operation of the plain module whose rows depend on others; and where a member's rows stand up to there."""
@@ -392,7 +409,7 @@ class _Proof:
     def _search(self, whole: Tensor, part: Tensor) -> tuple[float, _Place]:
         """Where a result that was put into another order has a member's rows: at the entries that agree best."""
         axis = next(a for a in range(whole.dim()) if whole.shape[a] == part.shape[a] * self.members)
-        rows, mine = whole.double().movedim(axis, 0).flatten(1), part.detach().double().movedim(axis, 0).flatten(1)
+        rows, mine = (t.detach().double().movedim(axis, 0).reshape(t.shape[axis], -1) for t in (whole, part))
         distances = [torch.nan_to_num(rows - each).abs().amax(1) for each in mine]
         index = torch.stack([each.argmin() for each in distances])
         return float(torch.stack([each.min() for each in distances]).max()) / _scale(whole), (axis, index)
@@ -416,7 +433,8 @@ class _Proof:
         found = self._different(kept, first)
         if found is not None:
             return VerificationError(
-                f"{start}, {end}: the plain module keeps a state from one call to the next that changes its result. {found} Reset that "
+                f"{start}, {end}: the plain module keeps a state from one call to the next that changes its result. {found} "
+                f"Reset that "
                 "state, or pass it as an argument"
             )
         torch.set_rng_state(state)
@@ -424,10 +442,13 @@ class _Proof:
         found = self._different(kept, self.draw.module(0))
         if found is not None:
             return VerificationError(
-                f"{start}, {end}: the plain module draws random numbers in evaluation mode. {found} Pass these numbers as an argument, or "
+                f"{start}, {end}: the plain module draws random numbers in evaluation mode. {found} Pass these numbers as an "
+                f"argument, or "
                 "switch them off"
             )
-        return VerificationError(f"{start}, {end}, while the plain module is deterministic: a rule or an estimator draws anew at each call")
+        return VerificationError(
+            f"{start}, {end}, while the plain module is deterministic: a rule or an estimator draws anew at each call"
+        )
 
     def _different(self, kept: _Recorder, module: nn.Module) -> str | None:
         """The first operation that gives another result than in a run before; None where none does and the results agree."""
@@ -440,7 +461,10 @@ class _Proof:
                 return
             if other is None or other.func is not operation.func:
                 told.append(f"The first difference is {operation}, which the run before did not have there.")
-            elif any(whole is not None and _gap(part, whole) > self.tolerance for whole, part in zip(other.results, results, strict=False)):
+            elif any(
+                whole is not None and _gap(part, whole) > self.tolerance
+                for whole, part in zip(other.results, results, strict=False)
+            ):
                 told.append(f"The first operation with another result is {operation}.")
 
         with _Recorder(module, visit).on(module):
@@ -496,12 +520,15 @@ class _Blame:
     def astray(self) -> str:
         if self.first is not None:
             return (
-                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Either its rule is wrong, "
-                "or rows were given to the wrong members before it: name the batch dimension or the argument that counts the rows "
+                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Either its "
+                f"rule is wrong, "
+                "or rows were given to the wrong members before it: name the batch dimension or the argument that counts the "
+                "rows "
                 "(batch_dim=, rows=), or exclude its parameters"
             )
         return self._otherwise() + (
-            "No operation departs by more than the tolerance before the output does: rounding may have added up; try float64, or tolerance="
+            "No operation departs by more than the tolerance before the output does: rounding may have added up; try float64, "
+            "or tolerance="
             if self.split is None
             else ""
         )
@@ -521,7 +548,8 @@ class _Blame:
             return ""
         ours, theirs = self.split
         return (
-            f"The batch and the row alone take different paths through the code: {ours or 'the end'} within the batch, {theirs} alone; "
+            f"The batch and the row alone take different paths through the code: {ours or 'the end'} within the batch, "
+            f"{theirs} alone; "
             "no operation before that departs. "
         )
 
@@ -535,11 +563,14 @@ class _Recorder(TorchFunctionMode):
         keep: whether to keep copies of the results.
     """
 
-    def __init__(self, module: nn.Module, visit: Callable[[_Operation, list[Tensor]], None] | None = None, keep: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, visit: Callable[[_Operation, list[Tensor]], None] | None = None, keep: bool = False
+    ) -> None:
         super().__init__()
-        self._paths = {id(part): name or type(part).__name__ for name, part in module.named_modules()}
+        self._paths = _names(module)
         self._visit, self._keep, self._depth = visit, keep, 0
         self.count, self.operations = 0, list[_Operation]()
+        self.dtypes: set[torch.dtype] = set()
         self.call: Call | None = None
 
     def start(self) -> None:
@@ -547,12 +578,12 @@ class _Recorder(TorchFunctionMode):
         self._depth += 1
         if self._depth == 1:
             self.call = next((mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, Call)), None)
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         self._depth -= 1
         if not self._depth:
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def on(self, module: nn.Module) -> Iterator[None]:
@@ -568,13 +599,14 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = tuple(tuple(x.shape) for x in _tensors((args, kwargs or {}))) if self._keep or self._visit else ()
+        shapes = _shapes(args, kwargs) if self._keep or self._visit else ()
         result = func(*args, **(kwargs or {}))
         results = _tensors(result)
         if results:
             self.count += 1
+            self.dtypes.update(tensor.dtype for tensor in results)
             if self._keep or self._visit is not None:
-                operation = _Operation(func, self._path(), shapes)
+                operation = _Operation(func, _path(self._paths), shapes)
                 with torch._C.DisableTorchFunction():
                     if self._keep:
                         operation.results = [None if type(t) is PerturbedWeight else t.detach().clone() for t in results]
@@ -584,18 +616,43 @@ class _Recorder(TorchFunctionMode):
                         self._visit(operation, results)
         return result
 
-    def _path(self) -> str:
-        frame: Any = sys._getframe(2)
-        while frame is not None:
-            if frame.f_code is _MODULE_CALL:
-                name = self._paths.get(id(frame.f_locals.get("self")))
-                if name is not None:
-                    return repr(name)
-            frame = frame.f_back
-        return "the module"
+
+class _Failing(TorchFunctionMode):
+    """Notes the operation that raises."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._paths = _names(module)
+        self.failed: _Operation | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = _Operation(func, _path(self._paths), _shapes(args, kwargs))
+            raise
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(part): name or type(part).__name__ for name, part in module.named_modules()}
+
+
+def _path(names: dict[int, str]) -> str:
+    """The part of a module whose call the caller is in."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = names.get(id(frame.f_locals.get("self"))) if frame.f_code is _MODULE_CALL else None
+        if name is not None:
+            return repr(name)
+        frame = frame.f_back
+    return "the module"
 
 
 _MODULE_CALL = nn.Module._call_impl.__code__
+
+
+def _shapes(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in _tensors((args, kwargs or {})))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -641,12 +698,9 @@ def _gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
     return float(difference) / (_scale(b) if scale is None else scale)
 
 
-def _default_tolerance(net: Perturbed, outputs: list[Tensor]) -> float:
-    dtypes = {site.mean.dtype for site in net.sites} | {tensor.dtype for tensor in outputs}
-    for kind in {tensor.device.type for tensor in outputs}:
-        if torch.is_autocast_enabled(kind):
-            dtypes.add(torch.get_autocast_dtype(kind))
-    return max(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes) or _TOLERANCES[torch.float32]
+def _autocast(outputs: list[tuple[str, Tensor]]) -> set[torch.dtype]:
+    """The dtype of autocast, where it is on."""
+    return {torch.get_autocast_dtype(kind) for kind in {tensor.device.type for _, tensor in outputs} if autocasts(kind)}
 
 
 # --- nested arguments and results -------------------------------------------------------------------------------------
