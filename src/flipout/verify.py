@@ -73,8 +73,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.module} under {self.estimator}: each of {self.rows} rows is that of the plain module with its member's "
-            f"weights "
+            f"{self.module} under {self.estimator}: each of {self.rows} rows is that of the plain module with its member's weights "
             f"({self.members} members)",
             f"largest difference: {self.difference:.2g} of the output's scale (tolerance {self.tolerance:.2g})",
             f"torch operations: {self.operations}; perturbed parameters that met one: {len(self.met)} of "
@@ -127,8 +126,7 @@ def verify(net: Perturbed, *inputs: Any, members: int | None = None, tolerance: 
         other = "Flipout" if all(noise.symmetric for noise in net.noises.values()) else "Independent"
         raise DrawError(
             f"under {net.estimator} members have no weights that can be listed, so rows cannot be compared with plain modules; "
-            f"verify "
-            f"the same weights under another estimator: with net.using(flipout.{other}()): flipout.verify(net, ...)"
+            f"verify the same weights under another estimator: with net.using(flipout.{other}()): flipout.verify(net, ...)"
         )
     rows = count_rows(net.module, net.batch_dim, inputs, kwargs, net.rows)
     if not rows:
@@ -194,9 +192,8 @@ class _Proof:
         unchecked = [outputs[i][0] for i, parts in shared.items() if not self._is_common(outputs[i][1], parts)]
         if len(unchecked) == len(outputs):
             raise VerificationError(
-                f"{self.name} returns nothing that has rows ({_paths(outputs)}), so there is nothing to compare; wrap and "
-                f"verify the part "
-                "that gives one result for each example, and compute losses outside of it"
+                f"{self.name} returns nothing that has rows ({_paths(outputs)}), so there is nothing to compare; wrap and verify "
+                "the part that gives one result for each example, and compute losses outside of it"
             )
         sites = self.draw.sites
         met = set() if call is None else call.met
@@ -224,13 +221,12 @@ class _Proof:
             with mode:  # under any such mode torch takes the same of its fast paths
                 return module(*args, **kwargs)
         except Exception as error:
+            where = f", in {mode.failed}" if mode.failed else ""
             raise VerificationError(
-                f"the plain {self.name} cannot run on {self._whose(n)} alone, so its rows cannot be compared"
-                f"{f', in {mode.failed}' if mode.failed else ''} ({type(error).__name__}: {error}). Tensors with {self.rows} "
-                f"entries on "
-                f"batch_dim={self.net.batch_dim} were split, the others passed whole; verify a part of it that takes one row "
-                f"alone, or "
-                "fewer members with several rows each (members=)"
+                f"the plain {self.name} cannot run on {self._whose(n)} alone, so its rows cannot be compared{where} "
+                f"({type(error).__name__}: {error}). Tensors with {self.rows} entries on batch_dim={self.net.batch_dim} were split, "
+                "the others passed whole; verify a part of it that takes one row alone, or fewer members with several rows each "
+                "(members=)"
             ) from error
 
     def _part(self, leaf: Any, n: int) -> Any:
@@ -317,9 +313,8 @@ class _Proof:
         mean = self.net.module
         where = f"output {path}" if path else "the output"
         start = (
-            f"{self._whose(n)} of {where} of {self.name} under {self.draw.estimator} differs by {gap:.2g} of its scale from "
-            f"the plain "
-            f"module with the weights of member {n} (tolerance {self.tolerance:.2g})."
+            f"{self._whose(n)} of {where} of {self.name} under {self.draw.estimator} differs by {gap:.2g} of its scale from the "
+            f"plain module with the weights of member {n} (tolerance {self.tolerance:.2g})."
         )
         if gap <= self.rounding:
             return VerificationError(
@@ -333,16 +328,17 @@ class _Proof:
         blame = self._mixing(recorder.operations, n)
         if max(gaps) > self.tolerance:
             return VerificationError(
-                f"the plain {self.name} is not independent row by row: without any noise, {self._whose(n)} alone and within "
-                f"the batch "
-                f"differ by {max(gaps):.2g} of the output's scale. {blame.mixing()} Examples that look at each other have no "
-                f"weights of "
-                "their own; exclude the parameters up to there, or verify the part before it"
+                f"the plain {self.name} is not independent row by row: without any noise, {self._whose(n)} alone and within the "
+                f"batch differ by {max(gaps):.2g} of the output's scale. {blame.mixing()} Examples that look at each other have "
+                "no weights of their own; exclude the parameters up to there, or verify the part before it"
             )
         recorder = _Recorder(mean, keep=True)
         self._perturbed(recorder)
         blame = self._straying(recorder.operations, n, blame.places)
-        return VerificationError(f"{start} {blame.astray()}")
+        met = set() if recorder.call is None else recorder.call.met
+        unmet = [repr(site.name) for i, site in enumerate(self.draw.sites) if i not in met]
+        hidden = f". Parameters that met no operation: {', '.join(unmet)}" if unmet else ""
+        return VerificationError(f"{start} {blame.astray().strip()}{hidden}")
 
     def _mixing(self, kept: list[_Operation], n: int) -> _Blame:
         """The first operation of the plain module whose rows depend on others; and where a member's rows stand up to there."""
@@ -417,11 +413,11 @@ class _Proof:
     def _unsteady(self) -> VerificationError:
         """Why two calls under one draw gave two results."""
         first, second = self.draw.module(0), self.draw.module(0)
-        state = torch.get_rng_state()
         kept = _Recorder(first, keep=True)
+        _seed(0)
         with kept.on(first):
             self._whole(first)
-        torch.set_rng_state(state)
+        _seed(0)
         found = self._different(kept, second)
         start = f"two calls of {self.name} in evaluation mode under one draw give different results"
         end = "so its rows cannot be compared with anything"
@@ -429,22 +425,19 @@ class _Proof:
             return VerificationError(
                 f"{start}, {end}: two copies of the plain module differ as well, from one random state. {found}"
             )
-        torch.set_rng_state(state)
+        _seed(0)
         found = self._different(kept, first)
         if found is not None:
             return VerificationError(
                 f"{start}, {end}: the plain module keeps a state from one call to the next that changes its result. {found} "
-                f"Reset that "
-                "state, or pass it as an argument"
+                "Reset that state, or pass it as an argument"
             )
-        torch.set_rng_state(state)
-        torch.rand(1)
+        _seed(1)
         found = self._different(kept, self.draw.module(0))
         if found is not None:
             return VerificationError(
                 f"{start}, {end}: the plain module draws random numbers in evaluation mode. {found} Pass these numbers as an "
-                f"argument, or "
-                "switch them off"
+                "argument, or switch them off"
             )
         return VerificationError(
             f"{start}, {end}, while the plain module is deterministic: a rule or an estimator draws anew at each call"
@@ -520,11 +513,9 @@ class _Blame:
     def astray(self) -> str:
         if self.first is not None:
             return (
-                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Either its "
-                f"rule is wrong, "
-                "or rows were given to the wrong members before it: name the batch dimension or the argument that counts the "
-                "rows "
-                "(batch_dim=, rows=), or exclude its parameters"
+                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Either its rule "
+                "is wrong, or rows were given to the wrong members before it: name the batch dimension or the argument that "
+                "counts the rows (batch_dim=, rows=), or exclude its parameters"
             )
         return self._otherwise() + (
             "No operation departs by more than the tolerance before the output does: rounding may have added up; try float64, "
@@ -548,9 +539,8 @@ class _Blame:
             return ""
         ours, theirs = self.split
         return (
-            f"The batch and the row alone take different paths through the code: {ours or 'the end'} within the batch, "
-            f"{theirs} alone; "
-            "no operation before that departs. "
+            f"The batch and the row alone take different paths through the code: {ours or 'the end'} within the batch, {theirs} "
+            "alone; no operation before that departs. "
         )
 
 
@@ -787,6 +777,13 @@ def _put_back(net: Perturbed) -> Iterator[None]:
             net.ledger._told = told
             if state is not None and net.generator is not None:
                 net.generator.set_state(state)
+
+
+def _seed(seed: int) -> None:
+    """Seeds the global generators, which are put back at the end."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
