@@ -224,9 +224,9 @@ class _Proof:
             where = f", in {mode.failed}" if mode.failed else ""
             raise VerificationError(
                 f"the plain {self.name} cannot run on {self._whose(n)} alone, so its rows cannot be compared{where} "
-                f"({type(error).__name__}: {error}). Tensors with {self.rows} entries on batch_dim={self.net.batch_dim} were split, "
-                "the others passed whole; verify a part of it that takes one row alone, or fewer members with several rows each "
-                "(members=)"
+                f"({type(error).__name__}: {error}). Tensors with {self.rows} entries on batch_dim={self.net.batch_dim} were "
+                "split, the others passed whole; verify a part of it that takes one row alone, or fewer members with several "
+                "rows each (members=)"
             ) from error
 
     def _part(self, leaf: Any, n: int) -> Any:
@@ -513,9 +513,10 @@ class _Blame:
     def astray(self) -> str:
         if self.first is not None:
             return (
-                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Either its rule "
-                "is wrong, or rows were given to the wrong members before it: name the batch dimension or the argument that "
-                "counts the rows (batch_dim=, rows=), or exclude its parameters"
+                f"The first operation whose rows went astray is {self.first}: by {self.gap:.2g} of their scale. Its rule may be "
+                "wrong; rows may have been given to the wrong members (name the batch dimension or the argument that counts the "
+                "rows, batch_dim=, rows=); or it takes a weight from where copies of the module share it, such as a closure. "
+                "exclude= leaves its parameters unperturbed"
             )
         return self._otherwise() + (
             "No operation departs by more than the tolerance before the output does: rounding may have added up; try float64, "
