@@ -95,7 +95,7 @@ def verify(net: Perturbed, *inputs: Any, members: int | None = None, tolerance: 
 
     Args:
         net: the wrapper.
-        *inputs, **kwargs: arguments of the module. Tensors and packed sequences in them, also in dicts, lists and dataclasses, that
+        inputs, kwargs: arguments of the module. Tensors and packed sequences in them, also in dicts, lists and dataclasses, that
             have as many entries on ``batch_dim`` as the batch has rows are split; anything else is passed whole.
         members: N, a divisor of the number of rows; None for one member a row.
         tolerance: the largest difference to allow, relative to the scale of each output; None for 1e-9 in float64, 1e-4 in
