@@ -26,7 +26,10 @@ nitpick_ignore_regex = [
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.
     (r"py:class", r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|rows\.\w+|select\.Site|registry\._R|noise\.Source)"),
-    (r"py:class", r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)"),
+    (
+        r"py:class",
+        r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)",
+    ),
 ]
 
 myst_enable_extensions = ["attrs_inline"]
