@@ -20,12 +20,16 @@ exclude_patterns = ["*.py", "_build"]
 source_suffix = {".md": "markdown"}
 nitpicky = True  # a name in a docstring that leads nowhere is an error
 nitpick_ignore_regex = [
+    (r"py:meth", r"flipout\.rows\..*"),
     # Other people's names: their documentation is on the network, and this site needs none.
     (r"py:.*", r"(torch|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?"),
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.
-    (r"py:class", r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|select\.Site|registry\._R|noise\.Source)"),
-    (r"py:class", r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful)|sklearn\._BayesianNet)"),
+    (r"py:class", r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|rows\.\w+|select\.Site|registry\._R|noise\.Source)"),
+    (
+        r"py:class",
+        r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)",
+    ),
 ]
 
 myst_enable_extensions = ["attrs_inline"]

@@ -97,19 +97,15 @@ whole generation, key/value cache and beams included.
 TAIL = """
 ## What to exclude, and why it raises
 
-* **An index without a batch dimension** (positions `[L]`, relative positions `[L, L]`): nothing says whose weights to read. The
-  error names the pattern for `exclude=`. Positions of shape `[1, L]` are shared by all examples and each reads its own weights. An
-  index whose first axis happens to be as long as the batch cannot be told from a batch: exclude such tables, whatever the batch.
+* **An index without a batch dimension**: positions `[L]` or `[1, L]` are shared by all examples, and each reads its own weights.
+  Where an index of more axes (relative positions `[L, L]`) cannot be told from a batch, the error names the pattern for
+  `exclude=`.
 * **Rows routed among examples** (mixtures of experts): use `Flipout(granularity="token")`, or exclude the experts. Experts that
   are separate `Linear` layers raise as soon as the rows sent to one are not a multiple of the batch; do not rely on it.
 * **Custom `autograd.Function`s and TorchScript** hide what they do to a weight and raise. So does reentrant activation
-  checkpointing; with `use_reentrant=False`, run the backward pass inside `flipout.perturbed`, so that what is computed again sees
-  the same draw.
+  checkpointing; pass `use_reentrant=False`, under which what is computed again has the draw of its call.
 * **The batch is not on dimension 0**: `Perturbed(..., batch_dim=1)`. Recurrent and attention modules wrapped by themselves use
-  their own `batch_first`.
-* **Packed sequences** keep their order through recurrent layers only. Give other layers the padded batch
-  (`pad_packed_sequence`), not `packed.data`: its rows are sorted by time, and raise, or, where their number is a multiple
-  of the batch, are read as blocks of the wrong examples.
+  their own `batch_first`. Where the first tensor is not the batch, `rows=` names the argument that counts the rows.
 * **Attention with `kdim` or `vdim`** whose `q_proj_weight`, `k_proj_weight` or `v_proj_weight` alone are perturbed: torch shows
   them to no rule; include `out_proj.weight` or `in_proj_bias` as well.
 
@@ -117,8 +113,8 @@ TAIL = """
 
 `flipout.perturbed` around the forward pass works inside a Lightning `training_step`, a Hugging Face `Trainer.compute_loss`, and
 with `DistributedDataParallel`, which averages the ranks' gradients as ever. Give each rank a generator with its own seed: ranks
-that share a seed share their noise. Between calls the model holds its own parameters, so optimisers, clipping and checkpoints are
-those of the plain model.
+that share a seed share their noise. The model holds its own parameters throughout, so optimisers, clipping and checkpoints are
+those of the plain model. Checkpointing, sharding, compiled parts and threads are in [situations](situations.md).
 
 ## Export
 

@@ -15,12 +15,14 @@ from flipout.errors import (
     NotFiniteError,
     UnmetWarning,
     UnsupportedNoiseError,
+    VerificationError,
 )
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank, Shared
 from flipout.in_place import perturbed
 from flipout.noise import DropConnect, Gaussian, MultiplicativeGaussian, Noise, Rademacher
 from flipout.perturb import Perturbed
 from flipout.registry import rule
+from flipout.verify import Report, verify
 from flipout.weight import PerturbedWeight
 
 __version__ = "0.1.0"
@@ -48,9 +50,11 @@ __all__ = [
     "Perturbed",
     "PerturbedWeight",
     "Rademacher",
+    "Report",
     "Shared",
     "UnmetWarning",
     "UnsupportedNoiseError",
+    "VerificationError",
     "bayes",
     "evolution",
     "parameter_groups",
@@ -58,4 +62,5 @@ __all__ = [
     "regularize",
     "rule",
     "variance",
+    "verify",
 ]

@@ -15,6 +15,7 @@ __all__ = [
     "SaveError",
     "UnmetWarning",
     "UnsupportedNoiseError",
+    "VerificationError",
 ]
 
 
@@ -184,4 +185,19 @@ class UnmetWarning(UserWarning):
     Example:
         >>> issubclass(UnmetWarning, UserWarning)
         True
+    """
+
+
+class VerificationError(FlipoutError, AssertionError):
+    """A row of a perturbed net is not that of the plain module with its weights.
+
+    Example:
+        >>> import torch, flipout
+        >>> class Centred(torch.nn.Linear):  # looks at the whole batch
+        ...     def forward(self, x):
+        ...         return super().forward(x - x.mean(0))
+        >>> flipout.verify(flipout.Perturbed(Centred(3, 2), flipout.Gaussian(0.1)), torch.randn(4, 3))
+        Traceback (most recent call last):
+            ...
+        flipout.errors.VerificationError: ...
     """
