@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flipout.errors import BatchError
+from flipout.errors import BatchError, FlipoutError
 from flipout.rows import NONE, UNKNOWN, UNSEEN, Mixed, Rows, Tracker, entries, ordered
 from flipout.weight import PerturbedWeight
 
@@ -33,17 +33,36 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
         return
     try:
         fact = handler(tracker, args, kwargs, result)
-    except (IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError, StopIteration):
+    except FlipoutError:
+        raise
+    except (IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError, StopIteration, RuntimeError):
         fact = UNKNOWN  # a way to call it that its family does not know
     if isinstance(result, Tensor):
         if (fact is UNKNOWN or fact is NONE) and landed is not None and _fits(landed, result):
             fact = landed  # where a rule has put the rows of what all examples share
-        tracker.note(result, fact)
+        _note(tracker, result, fact)
+        if type(fact) is Mixed and args and result is args[0]:
+            _spoil(tracker, result, fact)
     elif isinstance(result, (tuple, list)):
         facts = fact if isinstance(fact, list) else [fact] * len(result)
         for each, of_each in zip(result, facts, strict=True):
             if isinstance(each, Tensor) and type(each) is not PerturbedWeight:
-                tracker.note(each, of_each)
+                _note(tracker, each, of_each)
+
+
+def _note(tracker: Tracker, result: Tensor, fact: Any) -> None:
+    if type(fact) is Rows and not _fits(fact, result):
+        if fact.size == 1 and fact.axis < result.dim():  # a part of one row, broadcast
+            fact = Rows(fact.axis, fact.count, order=entries(fact, result.device).expand(result.shape[fact.axis]))
+        else:
+            fact = Mixed(f"which has not the {fact.size} entries on axis {fact.axis} that its rows have")
+    tracker.note(result, fact)
+
+
+def _spoil(tracker: Tracker, view: Tensor, fact: Mixed) -> None:
+    """What is written in place into a view is in the whole as well."""
+    if fact is not NONE and view._base is not None and isinstance(tracker.find(view._base), Rows):
+        tracker.note(view._base, fact)
 
 
 def _fits(place: Rows, tensor: Tensor) -> bool:
@@ -62,6 +81,8 @@ def _of(tracker: Tracker, value: Any) -> Any:
 
 def _operands(args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Tensor] = []
+    if "out" in kwargs:
+        kwargs = {key: value for key, value in kwargs.items() if key != "out"}
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             found.append(value)
@@ -116,7 +137,7 @@ def _elementwise(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 
 def _first(tracker: Tracker, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
     return x, _of(tracker, x)
 
 
@@ -133,6 +154,78 @@ def _leading(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     return fact if fact.axis < y.dim() and y.shape[fact.axis] == x.shape[fact.axis] else _lost(x, fact)
 
 
+def _scattered(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """Operations whose entries come from anywhere in their operands."""
+    for x in _operands(args, kwargs):
+        fact = _of(tracker, x)
+        if isinstance(fact, Rows):
+            return Mixed(f"which was picked from entries of one of shape {tuple(x.shape)}, whoever's they are")
+    return _unknown(tracker, args, kwargs, result)
+
+
+def _matrixwise(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """Functions of the matrices in the last two axes, which may hold no rows."""
+    facts = []
+    for x in _operands(args, kwargs):
+        fact = _of(tracker, x)
+        facts.append(_lost(x, fact) if isinstance(fact, Rows) and fact.axis >= x.dim() - 2 else fact)
+    return _joined(tracker, facts)
+
+
+def _across(at: int, default: Any = None) -> Handler:
+    """Operations that mix the entries along a dimension, which is their argument at a position."""
+
+    def handler(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+        x, fact = _first(tracker, args, kwargs)
+        if not isinstance(fact, Rows):
+            return fact
+        dim = _argument(args, kwargs, at, "dim", default)
+        dims = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+        return _lost(x, fact) if fact.axis in {d % x.dim() for d in dims} else fact
+
+    return handler
+
+
+def _beyond(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """Layer norms, which mix the axes of their normalized shape."""
+    x, fact = _first(tracker, args, kwargs)
+    shape = _argument(args, kwargs, 1, "normalized_shape")
+    width = 1 if isinstance(shape, int) else len(shape)
+    return _lost(x, fact) if isinstance(fact, Rows) and fact.axis >= x.dim() - width else fact
+
+
+def _before(axes: int) -> Handler:
+    """Norms over channels or positions, which keep their first axes apart, or see a whole batch on purpose."""
+
+    def handler(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+        x, fact = _first(tracker, args, kwargs)
+        return _lost(x, fact) if isinstance(fact, Rows) and fact.axis >= axes else fact
+
+    return handler
+
+
+def _copied(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """x.copy_(y): what was in x is gone."""
+    y = _argument(args, kwargs, 1, "src")
+    fact = _aligned(_of(tracker, y), y, result.dim())
+    return _of(tracker, args[0]) if fact is NONE and isinstance(_of(tracker, args[0]), Rows) else fact
+
+
+def _cast(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    return _first(tracker, args, kwargs)[1]
+
+
+def _compared(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """cosine_similarity(x1, x2, dim=1) and pairwise_distance, whose axis goes."""
+    a, b = _operands(args, kwargs)[:2]
+    ndim = max(a.dim(), b.dim())
+    fact = _joined(tracker, [_aligned(_of(tracker, x), x, ndim) for x in (a, b)])
+    if not isinstance(fact, Rows):
+        return fact
+    dim = _argument(args, kwargs, 2, "dim", 1) % ndim
+    return _lost(a, fact) if dim == fact.axis else fact if result.dim() == ndim else _dropped(fact, dim, a)
+
+
 def _lost(x: Tensor, fact: Rows) -> Mixed:
     return Mixed(f"which was made of one of shape {tuple(x.shape)} by an operation along its axis of rows, {fact.axis}")
 
@@ -143,10 +236,10 @@ def _lost(x: Tensor, fact: Rows) -> Mixed:
 def _cut(fact: Rows, index: slice, device: torch.device) -> Any:
     """The rows of a slice of the axis of rows."""
     start, stop, step = index.indices(fact.size)
-    whole = fact.count * fact.inner
+    whole = fact.run * fact.inner
     if start == 0 and stop == fact.size and step == 1:
         return fact
-    if step == 1 and fact.order is None and start % whole == 0 and (stop - start) % whole == 0 and stop > start:
+    if step == 1 and start % whole == 0 and (stop - start) % whole == 0 and stop > start:
         return fact._replace(outer=(stop - start) // whole)
     return ordered(fact, entries(fact, device)[index])
 
@@ -164,7 +257,7 @@ def _reshaped(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 def _regrouped(fact: Rows, old: Sequence[int], new: Sequence[int]) -> Any:
     """The axis of a regrouped shape in which the rows stand, whatever is folded around them."""
     left, right = _product(old[: fact.axis]) * fact.outer, _product(old[fact.axis + 1 :]) * fact.inner
-    size = fact.count if fact.order is None else len(fact.order)
+    size = fact.run
     if not size or 0 in new:
         return UNKNOWN
     before = 1
@@ -173,10 +266,7 @@ def _regrouped(fact: Rows, old: Sequence[int], new: Sequence[int]) -> Any:
         if before * n >= left * size and before <= left and n > 1:
             if not after or left % before or right % after or n != left // before * size * (right // after):
                 break
-            outer, inner = left // before, right // after
-            if fact.order is None:
-                return fact._replace(axis=axis, outer=outer, inner=inner)
-            return Rows(axis, fact.count, order=fact.order.repeat_interleave(inner).repeat(outer))
+            return fact._replace(axis=axis, outer=left // before, inner=right // after)
         before *= n
     return Mixed(f"which was regrouped from {tuple(old)} to {tuple(new)} so that its rows are spread over several axes")
 
@@ -223,8 +313,6 @@ def _repeated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         return UNKNOWN if fact is NONE else fact
     axis = fact.axis + result.dim() - x.dim()
     times = result.shape[axis] // max(x.shape[fact.axis], 1)
-    if fact.order is not None:
-        return Rows(axis, fact.count, order=fact.order.repeat(times))
     return fact._replace(axis=axis, outer=fact.outer * times)
 
 
@@ -240,7 +328,7 @@ def _interleaved(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         fact, dim = flat, 0
     elif dim % x.dim() != fact.axis:
         return fact
-    if isinstance(repeats, int) and fact.order is None:
+    if isinstance(repeats, int):
         return fact._replace(axis=dim % max(x.dim(), 1), inner=fact.inner * repeats)
     order = entries(fact, x.device).repeat_interleave(repeats)
     return ordered(fact, order)
@@ -255,7 +343,7 @@ def _rolled(tracker: Tracker, args: Any, kwargs: Any, result: Any, func: Any) ->
     listed = [dims] if isinstance(dims, int) else list(dims or ())
     if func in _FLIPS and len(args) > 2:
         listed = list(args[1:])
-    where = [i for i, dim in enumerate(listed) if dim % x.dim() == fact.axis]
+    where = [i for i, dim in enumerate(listed) if dim % max(x.dim(), 1) == fact.axis]
     if not where and listed:
         return fact
     stand = entries(fact, x.device)
@@ -264,7 +352,7 @@ def _rolled(tracker: Tracker, args: Any, kwargs: Any, result: Any, func: Any) ->
     shifts = _argument(args, kwargs, 1, "shifts")
     if not listed:
         return _lost(x, fact)
-    shift = shifts if isinstance(shifts, int) else shifts[where[0]]
+    shift = shifts if isinstance(shifts, int) else sum(shifts[i] for i in where)
     return ordered(fact, stand.roll(shift))
 
 
@@ -286,9 +374,22 @@ def _concatenated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         return Mixed("which joins rows of the batch with entries that belong to no row")
     if any(fact.count != along[0].count for fact in along):
         return Mixed("which joins batches of different sizes")
-    if all(fact.order is None and fact.inner == along[0].inner for fact in along):
+    if all(fact.order is along[0].order and fact.inner == along[0].inner for fact in along):
         return along[0]._replace(outer=sum(fact.outer for fact in along))
     return ordered(along[0], torch.cat([entries(fact, result.device) for fact in along]))
+
+
+def _joined_on(axis: int, least: int) -> Handler:
+    """hstack and its kin: cat() along an axis of pieces that have got axes of one."""
+
+    def handler(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+        pieces = list(_argument(args, kwargs, 0, "tensors"))
+        dim = 0 if axis == 1 and result.dim() == 1 else axis
+        if any(piece.dim() < least for piece in pieces):
+            return UNKNOWN
+        return _concatenated(tracker, (pieces, dim), {}, result)
+
+    return handler
 
 
 def _stacked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -449,11 +550,21 @@ def _along(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     dim = _argument(args, kwargs, 1, "dim", -1)
     if not isinstance(dim, int):
         dim = kwargs.get("dim", -1)
-    of_all = [_aligned(_of(tracker, t), t, x.dim()) for t in _operands(args, kwargs) if t.dim() == x.dim()]
-    fact = _joined(tracker, of_all)
-    if isinstance(fact, Rows) and dim % max(x.dim(), 1) == fact.axis:
-        return _lost(x, fact)
-    return fact
+    return _along_dim(tracker, x, dim, [t for t in _operands(args, kwargs) if t.dim() == x.dim()])
+
+
+def _along_dim(tracker: Tracker, x: Tensor, dim: int, operands: list[Tensor]) -> Any:
+    facts = [_of(tracker, t) for t in operands]
+    for t, fact in zip(operands, facts, strict=True):
+        if isinstance(fact, Rows) and dim % max(x.dim(), 1) == fact.axis:
+            return _lost(t, fact)
+    return _joined(tracker, facts)
+
+
+def _taken(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """take_along_dim(input, indices, dim)."""
+    x, index, dim = args[0], _argument(args, kwargs, 1, "indices"), _argument(args, kwargs, 2, "dim")
+    return _scattered(tracker, args, kwargs, result) if dim is None else _along_dim(tracker, x, dim, [x, index])
 
 
 def _added_at(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -622,8 +733,12 @@ def _letters(term: str, ndim: int) -> list[str]:
 def _lookup(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     index = _argument(args, kwargs, 0, "input")
     table = _argument(args, kwargs, 1, "weight")
-    fact = _of(tracker, index)
-    return fact if fact is not NONE or _of(tracker, table) is NONE else UNKNOWN
+    fact, of_table = _of(tracker, index), _of(tracker, table)
+    if isinstance(of_table, Rows):
+        return _index_selected(tracker, (table, 0, index), {}, result) if index.dim() == 1 else _lost(table, of_table)
+    if of_table is not NONE and isinstance(of_table, Mixed):
+        return of_table
+    return fact if fact is not NONE or of_table is NONE else UNKNOWN
 
 
 def _bags(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -633,17 +748,17 @@ def _bags(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _attended(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """scaled_dot_product_attention: the batch axes of queries, keys and values."""
-    operands = _operands(args, kwargs)[:3]
+    operands = _operands(args, kwargs)
     facts = [_aligned(_of(tracker, x), x, result.dim()) for x in operands]
     fact = _joined(tracker, facts)
     return _lost(operands[0], fact) if isinstance(fact, Rows) and fact.axis >= result.dim() - 2 else fact
 
 
 def _multi_head(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
-    query = _argument(args, kwargs, 0, "query")
-    fact = _of(tracker, query)
-    if not isinstance(fact, Rows):
-        fact = _joined(tracker, [_of(tracker, x) for x in _operands(args, kwargs)[:3]])
+    operands = _operands(args, kwargs)[:3]
+    fact = _joined(tracker, [_of(tracker, x) for x in operands])
+    if isinstance(fact, Rows) and fact.axis != operands[0].dim() - 2:
+        fact = _lost(operands[0], fact)
     return [fact, fact._replace(axis=0) if isinstance(fact, Rows) else fact]
 
 
@@ -654,7 +769,7 @@ def _recurrent(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         return fact
     if x.dim() == 2 and (isinstance(args[1], Tensor) and args[1].dim() == 1):  # packed
         first = int(args[1][0])
-        states = Rows(1, fact.count, order=fact.order[:first]) if fact.order is not None else UNKNOWN
+        states = Rows(1, fact.count, order=entries(fact, x.device)[:first])
     else:
         states = fact._replace(axis=1)
     return [fact, *[states] * (len(result) - 1)]
@@ -677,10 +792,15 @@ def _packed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 def _unpacked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """_pad_packed_sequence(data, batch_sizes, batch_first, …) -> padded, lengths."""
     fact, sizes = _of(tracker, args[0]), args[1]
-    if not isinstance(fact, Rows) or fact.order is None:
-        return fact if not isinstance(fact, Rows) else UNKNOWN
+    if not isinstance(fact, Rows):
+        return fact
     axis = 0 if args[2] else 1
-    return [ordered(fact, fact.order[: int(sizes[0])], axis), NONE]
+    return [ordered(fact, entries(fact, args[0].device)[: int(sizes[0])], axis), NONE]
+
+
+def _fresh(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """new_zeros and its kin: of the operand they have the dtype and the device."""
+    return UNKNOWN
 
 
 def _constant(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -718,15 +838,39 @@ dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_d
 trunc fix frac sign sgn isnan isinf isfinite nan_to_num add sub subtract mul multiply div divide true_divide floor_divide remainder fmod
 pow float_power maximum minimum fmax fmin lerp addcmul addcdiv where eq ne lt le gt ge not_equal equal greater less greater_equal
 less_equal logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor masked_fill atan2 hypot
-copysign to float double half bfloat16 int long short bool type type_as clone contiguous detach cpu cuda copy fill zero normal
-uniform bernoulli exponential real conj angle softmax log_softmax softmin gumbel_softmax normalize layer_norm rms_norm batch_norm
-group_norm instance_norm local_response_norm native_layer_norm rsub heaviside deg2rad rad2deg digamma lgamma
+copysign float double half bfloat16 int long short bool clone contiguous detach cpu cuda fill zero normal
+uniform bernoulli exponential real conj angle complex polar rsub heaviside deg2rad rad2deg digamma lgamma
 __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__
 __idiv__ __pow__ __rpow__ __ipow__ __neg__ __abs__ __invert__ __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __eq__ __ne__ __lt__
 __le__ __gt__ __ge__ __mod__ __floordiv__ __rand__ __ror__ pin_memory requires_grad triu tril"""
 
 _register(_elementwise, _ELEMENTWISE)
 _register(_filled, "zeros_like ones_like rand_like randn_like full_like empty_like randint_like")
+_register(_cast, "to type type_as view_as_real view_as_complex")
+_register(_copied, "copy")
+_register(_fresh, "new_zeros new_ones new_full new_empty new_tensor new_empty_strided zeros ones full empty rand randn randint randperm")
+_register(_across(1), "softmax log_softmax softmin")
+_register(_across(4, -1), "gumbel_softmax")
+_register(_across(2, 1), "normalize")
+_register(_across(1, -1), "glu diff")
+_register(_beyond, "layer_norm rms_norm native_layer_norm")
+_register(_before(1), "group_norm local_response_norm")
+_register(_before(2), "instance_norm batch_norm")
+_register(_compared, "cosine_similarity pairwise_distance")
+_register(
+    _scattered,
+    "take masked_select cov corrcoef unique unique_consecutive nonzero argwhere bincount histc cartesian_prod combinations pdist "
+    "block_diag",
+)
+_register(
+    _matrixwise,
+    "inverse inv pinv pinverse qr svd svdvals cholesky eigh eigvalsh eig eigvals det slogdet logdet matrix_exp matrix_power matrix_norm "
+    "solve lstsq lu_factor cond matrix_rank cdist",
+)
+_register(_joined_on(1, 2), "hstack")
+_register(_joined_on(0, 2), "vstack row_stack")
+_register(_joined_on(1, 2), "column_stack")
+_register(_joined_on(2, 3), "dstack")
 _register(_reshaped, "reshape view flatten unflatten squeeze unsqueeze ravel view_as reshape_as")
 _register(_transposed, "transpose swapaxes swapdims")
 _register(_expanded, "expand expand_as broadcast_to")
@@ -739,9 +883,10 @@ _register(_unbound, "unbind __iter__")
 _register(_selected, "select")
 _register(_narrowed, "narrow")
 _register(_index_selected, "index_select")
-_register(_along, "gather take_along_dim scatter scatter_add scatter_reduce cumsum cumprod cummax cummin logcumsumexp sort argsort")
+_register(_along, "gather scatter scatter_add scatter_reduce cumsum cumprod cummax cummin logcumsumexp sort argsort")
 _register(_added_at, "index_add index_copy")
 _register(_along, "index_fill")
+_register(_taken, "take_along_dim")
 _register(_ranked, "topk kthvalue")
 _register(_padded, "pad constant_pad_nd")
 _register(_windowed, "unfold")
@@ -763,7 +908,7 @@ _register(
     _leading,
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
     "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample grid_sample pixel_shuffle pixel_unshuffle one_hot glu "
+    "adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample grid_sample pixel_shuffle pixel_unshuffle one_hot multinomial "
     "max_pool1d_with_indices max_pool2d_with_indices fractional_max_pool2d max_unpool1d max_unpool2d channel_shuffle",
 )
 _register(_lookup, "embedding")
@@ -777,7 +922,7 @@ _register(_unpacked, "_pad_packed_sequence")
 _register(_constant, "arange linspace logspace eye tril_indices triu_indices")
 _HANDLERS[torch.Tensor.__getitem__] = _indexed
 _HANDLERS[torch.Tensor.__setitem__] = _set_item
-for _property in ("T", "mT", "H", "mH"):
+for _property in ("mT", "H", "mH"):
     _HANDLERS[getattr(torch.Tensor, _property).__get__] = lambda t, a, k, r: _mirrored(t, a, k, r)
 for _property in ("data", "real", "imag"):
     _HANDLERS[getattr(torch.Tensor, _property).__get__] = _elementwise
@@ -792,6 +937,13 @@ def _mirrored(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     return fact._replace(axis={a: b, b: a}.get(fact.axis, fact.axis))
 
 
+def _reversed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """.T: all axes in the other order."""
+    x, fact = _first(tracker, args, kwargs)
+    return fact._replace(axis=x.dim() - 1 - fact.axis) if isinstance(fact, Rows) else fact
+
+
+_HANDLERS[torch.Tensor.T.__get__] = _reversed  # type: ignore[attr-defined]
 _register(_mirrored, "t adjoint")
 
 

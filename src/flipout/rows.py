@@ -25,7 +25,8 @@ class Rows(NamedTuple):
         count: the rows of the batch.
         outer: how often the whole batch stands there, one after the other (``[T, N]`` folded into ``T * N``).
         inner: how many entries in a run belong to each row (``[N, T]`` folded into ``N * T``).
-        order: the row of each entry, ``[size of the axis]``, where they stand in another order; then ``outer`` and ``inner`` are 1.
+        order: the row of each entry of a run, where they stand in another order than 0, 1, … ``count - 1``; ``outer`` and ``inner``
+            then say how often that run stands there, and how many entries each of its entries has become.
         sure: False for what was read off sizes alone, which gives way to what was followed.
         weight: the name of the weight that was taken to be expanded to the rows; else None.
     """
@@ -41,7 +42,12 @@ class Rows(NamedTuple):
     @property
     def size(self) -> int:
         """Entries of the axis."""
-        return self.outer * self.count * self.inner if self.order is None else len(self.order)
+        return self.outer * self.run * self.inner
+
+    @property
+    def run(self) -> int:
+        """Entries of a run of the batch."""
+        return self.count if self.order is None else len(self.order)
 
     @property
     def blocks(self) -> bool:
@@ -133,9 +139,10 @@ class Tracker:
 
 def entries(fact: Rows, device: torch.device) -> Tensor:
     """The row of each entry of the axis of rows."""
-    if fact.order is not None:
-        return fact.order
-    return torch.arange(fact.count, device=device).repeat_interleave(fact.inner).repeat(fact.outer)
+    run = torch.arange(fact.count, device=device) if fact.order is None else fact.order
+    if fact.inner != 1:
+        run = run.repeat_interleave(fact.inner)
+    return run if fact.outer == 1 else run.repeat(fact.outer)
 
 
 def ordered(fact: Rows, order: Tensor, axis: int | None = None) -> Rows:
@@ -241,14 +248,11 @@ class Layout:
         if place.blocks and self.owner is None:
             return None
         assert self.members is not None
+        device = place.order.device if place.order is not None else torch.device("cpu") if self.owner is None else self.owner.device
+        rows = entries(place, device)
         if self.owner is not None:
-            owner = self.owner
-        else:
-            device = None if place.order is None else place.order.device
-            owner = torch.arange(self.members, device=device).repeat_interleave(place.count // max(self.members, 1))
-        if place.order is not None:
-            return owner[place.order]
-        return owner.repeat_interleave(place.inner).repeat(place.outer)
+            return self.owner.to(device)[rows]
+        return torch.div(rows, place.count // max(self.members, 1), rounding_mode="floor")
 
     def _by_size(self, x: Tensor, free: int, shared: bool, what: str) -> tuple[Tensor, Rows]:
         """The rows of an operand that was not followed: one axis may have their number, or it may be shared."""
