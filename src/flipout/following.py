@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flipout.errors import BatchError, FlipoutError
-from flipout.rows import NONE, UNKNOWN, UNSEEN, Mixed, Rows, Tracker, entries, ordered
+from flipout.rows import BATCH, NONE, UNKNOWN, UNSEEN, Mixed, Rows, Tracker, entries, ordered
 from flipout.weight import PerturbedWeight
 
 __all__ = ["follow"]
@@ -61,7 +61,7 @@ def _note(tracker: Tracker, result: Tensor, fact: Any) -> None:
 
 def _spoil(tracker: Tracker, view: Tensor, fact: Mixed) -> None:
     """What is written in place into a view is in the whole as well."""
-    if fact is not NONE and view._base is not None and isinstance(tracker.find(view._base), Rows):
+    if fact is not NONE and fact is not BATCH and view._base is not None and isinstance(tracker.find(view._base), Rows):
         tracker.note(view._base, fact)
 
 
@@ -96,6 +96,9 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     known = [fact for fact in facts if fact is not NONE]
     if not known:
         return NONE
+    known = [fact for fact in known if fact is not BATCH]
+    if not known:
+        return BATCH
     mixed = [fact for fact in known if isinstance(fact, Mixed)]
     if mixed:
         return mixed[0]
@@ -125,9 +128,11 @@ def _aligned(fact: Any, x: Tensor, ndim: int) -> Any:
 
 def _unknown(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     facts = [_of(tracker, x) for x in _operands(args, kwargs)]
-    mixed = next((fact for fact in facts if isinstance(fact, Mixed) and fact is not NONE), None)
+    mixed = next((fact for fact in facts if isinstance(fact, Mixed) and fact is not NONE and fact is not BATCH), None)
     if mixed is not None:
         return mixed
+    if facts and all(fact is NONE or fact is BATCH for fact in facts) and BATCH in facts:
+        return BATCH
     return NONE if facts and all(fact is NONE for fact in facts) else UNKNOWN
 
 
@@ -304,13 +309,23 @@ def _transposed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _expanded(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     x, fact = _first(tracker, args, kwargs)
-    return _aligned(fact, x, result.dim()) if isinstance(fact, Rows) else (UNKNOWN if fact is NONE else fact)
+    return _aligned(fact, x, result.dim()) if isinstance(fact, Rows) else _repeated_for_all(tracker, fact, x, result)
+
+
+def _repeated_for_all(tracker: Tracker, fact: Any, x: Tensor, result: Tensor) -> Any:
+    """A constant that is repeated as often as the batch has rows, on the batch dimension, is repeated for them."""
+    if fact is not NONE:
+        return fact
+    rows, at = tracker.rows, tracker.dim + x.dim() - result.dim()
+    if rows is None or tracker.dim >= result.dim() or result.shape[tracker.dim] != rows or (at >= 0 and x.shape[at] != 1):
+        return UNKNOWN if rows is None or rows in result.shape else NONE
+    return Rows(tracker.dim, rows, sure=False)
 
 
 def _repeated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     x, fact = _first(tracker, args, kwargs)
     if not isinstance(fact, Rows):
-        return UNKNOWN if fact is NONE else fact
+        return _repeated_for_all(tracker, fact, x, result)
     axis = fact.axis + result.dim() - x.dim()
     times = result.shape[axis] // max(x.shape[fact.axis], 1)
     return fact._replace(axis=axis, outer=fact.outer * times)
@@ -637,10 +652,10 @@ def _reduced(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     listed = [v for v in args[1:] if (isinstance(v, int) and not isinstance(v, bool)) or (isinstance(v, (tuple, list)) and v)]
     dim = named[0] if named else (listed[0] if listed else None)
     if dim is None:
-        return NONE
+        return BATCH
     dims = {d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)} or set(range(x.dim()))
     if fact.axis in dims:
-        return NONE
+        return BATCH
     return fact if y.dim() == x.dim() else fact._replace(axis=fact.axis - sum(d < fact.axis for d in dims))
 
 

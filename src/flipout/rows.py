@@ -67,6 +67,8 @@ class Mixed(NamedTuple):
 
 #: The fact that a tensor belongs to no row: a parameter, a buffer, positions, a statistic of the whole batch.
 NONE = Mixed("")
+#: The fact that a tensor is a statistic over rows of the batch: as NONE where it meets rows, but no constant.
+BATCH = Mixed("which is a statistic over rows of the batch")
 #: The fact that nothing is known of a tensor that was met.
 UNKNOWN = object()
 #: Returned for a tensor that was not met.
@@ -81,10 +83,15 @@ class Tracker:
     Args:
         members: N of the draw.
         owner: the member of each row, where rows are not in member-major blocks.
+
+    Attributes:
+        rows: the rows of the call's input, on its dimension ``dim``.
     """
 
     def __init__(self, members: int | None = None, owner: Tensor | None = None) -> None:
         self.members, self.owner = members, owner
+        self.rows: int | None = None
+        self.dim = 0
         self._facts: dict[int, tuple[Any, Any]] = {}
         self._traced: dict[Tensor, Any] | None = {} if torch.compiler.is_compiling() else None
         self.landed: Rows | None = None
@@ -224,7 +231,14 @@ class Layout:
 
     def known(self, x: Tensor) -> Any:
         """What is known of an operand: Rows, Mixed, NONE, or nothing (UNKNOWN, UNSEEN)."""
-        return self.place if self.place is not None or self.tracker is None else self.tracker.consult(x)
+        if self.place is not None or self.tracker is None:
+            return self.place
+        fact = self.tracker.consult(x)
+        return NONE if fact is BATCH else fact
+
+    def constant(self, x: Tensor) -> bool:
+        """Whether an operand is known to be the same whatever the rows are: a parameter, a buffer, positions."""
+        return self.place is None and self.tracker is not None and self.tracker.consult(x) is NONE
 
     def locate(self, x: Tensor, features: int, what: str) -> tuple[Tensor, int]:
         """As :meth:`where`, for rules that want the rows in member-major blocks.

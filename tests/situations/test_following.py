@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flipout.following import follow
-from flipout.rows import NONE, Mixed, Rows, Tracker, entries
+from flipout.rows import BATCH, Rows, Tracker, entries
 
 Operation = Callable[[Tensor], Any]
 
@@ -62,7 +62,7 @@ def check(operation: Operation, x: Tensor, fact: Rows, must: bool = True, statis
         if must and not statistic:
             assert isinstance(said, Rows), (said, tuple(x.shape), fact, tuple(y.shape))
         if statistic:
-            assert said is NONE
+            assert said is BATCH
         if not isinstance(said, Rows):
             continue
         assert said.axis < y.dim() and y.shape[said.axis] == said.size, (said, tuple(y.shape))

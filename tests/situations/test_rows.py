@@ -38,7 +38,7 @@ def leaves(output: Any) -> list[Tensor]:
 
 
 def exact(
-    module: nn.Module, inputs: tuple[Any, ...], estimator: str = "flipout", rows: int = N, axis: int = 0, shared: tuple[int, ...] = (), **options: Any
+    module: nn.Module, inputs: tuple[Any, ...], estimator: str = "flipout", members: int = N, axis: int = 0, shared: tuple[int, ...] = (), **options: Any
 ) -> None:  # fmt: skip
     """Every row of each output is what the plain module of its member makes of this row alone.
 
@@ -48,9 +48,9 @@ def exact(
     """
     net = wrapped(module, estimator, **options)
     dim = net.batch_dim
-    with net.hold(members=rows) as draw:
+    with net.hold(members=members) as draw:
         ours = leaves(net(*inputs))
-        for n in range(rows):
+        for n in range(members):
             own = tuple(x if i in shared or not isinstance(x, Tensor) else x.narrow(dim, n, 1) for i, x in enumerate(inputs))
             for y, alone in zip(ours, leaves(draw.module(n)(*own)), strict=True):
                 assert distance(y.narrow(axis, n, 1), alone) < EXACT * max(1.0, alone.abs().max().item()), f"row {n}"
@@ -116,9 +116,10 @@ def everything_is_n(m: Any, x: Tensor) -> Tensor:
 @case(lambda: (floats(N, N, 3),), lambda: {**linears(3, 5, 3), "c": nn.Conv1d(5, 5, 1)})
 def time_major_folds(m: Any, x: Tensor) -> Tensor:
     """[T, N] into T·N and back."""
-    t = x.transpose(0, 1).reshape(N * N, 3)
-    y = m.c(m.l0(t).view(N, N, 5).permute(1, 2, 0)).permute(2, 0, 1).reshape(N * N, 5)
-    return m.l1(y).view(N, N, 3).transpose(0, 1)
+    rows = x.shape[0]
+    t = x.transpose(0, 1).reshape(N * rows, 3)
+    y = m.c(m.l0(t).view(N, rows, 5).permute(1, 2, 0)).permute(2, 0, 1).reshape(N * rows, 5)
+    return m.l1(y).view(N, rows, 3).transpose(0, 1)
 
 
 @case(lambda: (floats(N, N, 3, 4, 4),), lambda: {"c": nn.Conv2d(3, 5, 3, padding=1), **linears(5, 2)})
@@ -221,7 +222,7 @@ def _image(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(rows, height, width, -1)
 
 
-@case(lambda: (floats(N, N, N, 3),), lambda: {"t": nn.Embedding(16, 1), "index": torch.arange(16).view(4, 4), **linears(3, 9, 3)})
+@case(lambda: (floats(N, N, N, 3),), lambda: {"t": nn.Embedding(16, 1), "index": torch.arange(16).view(4, 4), "l0": nn.Linear(3, 9), "l1": nn.Linear(3, 3)})
 def shifted_windows(m: Any, x: Tensor) -> Tensor:
     """Swin: rolled, cut into windows (N of each image), attended with a relative bias, put back."""
     w = _windows(torch.roll(x, (-1, -1), (1, 2)), 2)
@@ -422,7 +423,7 @@ class Timed(nn.Module):
         self.a, self.b, self.e = nn.Linear(3, N), nn.Linear(N, 3), nn.Embedding(9, N)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        h = self.e(t) if not t.is_floating_point() else t.reshape(-1, 1).expand(-1, N)
+        h = self.e(t) if not t.is_floating_point() else t.reshape(-1, 1) * self.e.weight[:1]
         return self.b(torch.tanh(self.a(x) + h))
 
 

@@ -15,7 +15,7 @@ from flipout.errors import DrawError
 from flipout.signs import packed_size
 from flipout.weight import Factor, PerturbedWeight, Term
 
-__all__ = ["permute", "reshape", "scaled", "take"]
+__all__ = ["broadcast", "permute", "reshape", "scaled", "take"]
 
 
 def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
@@ -98,6 +98,30 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         base = term.base
         if base.dim():
             base = pick(base, axis + term.per_member)
+        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+
+    return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def broadcast(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
+    """The weight expanded to a larger shape, along whose new entries the members' values repeat."""
+    mean = weight.mean_weight.expand(tuple(shape))
+    if mean.numel() > weight.mean_weight.numel():
+        weight.require_drawn("expand(), where entries share one noise")
+    old = weight.mean_weight.shape
+    lead = mean.dim() - len(old)
+
+    def of_factor(factor: Factor) -> Factor:
+        # an axis of size one has one sign, which the expanded axis shares: drop it from the sizes, not from the values
+        kept = [(axis + lead, size) for axis, size in zip(factor.axes, factor.sizes, strict=True) if old[axis] != 1]
+        return replace(factor, axes=tuple(axis for axis, _ in kept), sizes=tuple(size for _, size in kept))
+
+    def of_term(term: Term) -> Term:
+        base = term.base
+        if term.per_member:
+            base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
+        elif base.dim():
+            base = base.expand(mean.shape)
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])

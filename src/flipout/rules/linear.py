@@ -15,6 +15,7 @@ from flipout.modes import autocast
 from flipout.registry import rule
 from flipout.rows import Rows
 from flipout.rules.axes import permute, reshape
+from flipout.rules.constants import is_constant, of_constant
 from flipout.rules.pointwise import add
 from flipout.rules.products import factored_product, mean_product, signed_linear
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
@@ -71,7 +72,8 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
 @rule(F.linear, Flipout, LowRank)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if some.batch.members is None:
         flat, drawn = _token_rows(input, weight, bias)
@@ -139,7 +141,8 @@ def _add_bias(y: Tensor, bias: Any, place: Rows | None = None) -> Tensor:
 @rule(F.linear, Independent)
 def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     x, input, weight, place = _blocks(input, weight, "linear")
@@ -151,7 +154,8 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 @rule(F.linear, LocalReparameterization)
 def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     if weight.drawn:  # made of vectors, of which every member has its own

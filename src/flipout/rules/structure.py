@@ -17,7 +17,7 @@ from flipout.estimators import Estimator
 from flipout.errors import BatchError
 from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Rows
-from flipout.rules.axes import permute, reshape, take
+from flipout.rules.axes import broadcast, permute, reshape, take
 from flipout.rules.per_row import per_row
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
@@ -98,25 +98,12 @@ def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
         plain: Tensor = weight.expand(sizes)
         return plain
     mean = weight.mean_weight.expand(sizes)
-    if mean.numel() > weight.mean_weight.numel():
-        weight.require_drawn("expand(), where entries share one noise")
     lead = mean.dim() - weight.mean_weight.dim()
     own = [1] * lead + list(weight.mean_weight.shape)
     axis = _becomes_rows(weight, own, mean.shape)
     if axis is not None:
         return _on_rows(weight, own, axis).expand(mean.shape)
-
-    def of_term(term: Term) -> Term:
-        base = term.base
-        if term.per_member:
-            base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
-        elif base.dim():
-            base = base.expand(mean.shape)
-        # an axis of size one has one sign, which the expanded axis shares: drop it from the sizes, not from the values
-        factors = tuple(_lifted(f, lead, weight.mean_weight.shape) for f in term.factors)
-        return Term(base, factors, term.per_member)
-
-    return weight.replace(mean, [of_term(term) for term in weight.terms])
+    return broadcast(weight, mean.shape)
 
 
 def _becomes_rows(weight: PerturbedWeight, own: Sequence[int], sizes: Sequence[int]) -> int | None:
@@ -159,11 +146,6 @@ def repeat(weight: PerturbedWeight, *sizes: Any, **named: Any) -> PerturbedWeigh
             index = torch.arange(own[i], device=weight.device).repeat(k)
             repeated = take(repeated, i, index)
     return repeated
-
-
-def _lifted(factor: Factor, lead: int, shape: Sequence[int]) -> Factor:
-    kept = [(axis + lead, size) for axis, size in zip(factor.axes, factor.sizes, strict=True) if shape[axis] != 1]
-    return replace(factor, axes=tuple(axis for axis, _ in kept), sizes=tuple(size for _, size in kept))
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------
