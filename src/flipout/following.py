@@ -516,8 +516,16 @@ def _indexed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
                 return _dropped(fact, axis, x)
             axis += 1
     rows_in_index = [of for of in (_of(tracker, item) for item in advanced) if isinstance(of, Rows)]
-    if isinstance(found, Rows) and rows_in_index and not first <= found.axis < first + max(wide, 1):
-        return Mixed("which was indexed by rows along another axis")
+    if isinstance(found, Rows) and rows_in_index:
+        if not first <= found.axis < first + max(wide, 1):
+            return Mixed("which was indexed by rows along another axis")
+        if any(item.dtype != torch.bool for item in advanced):
+            placed = [
+                of._replace(axis=of.axis + first + wide - item.dim())
+                for item in advanced
+                if item.dtype != torch.bool and isinstance(of := _of(tracker, item), Rows)
+            ]
+            return _joined(tracker, [found, *placed])
     return UNKNOWN if found is None else found
 
 
@@ -540,23 +548,123 @@ def _gathered(fact: Rows, x: Tensor, index: Tensor, within: int, first: int, wid
 
 
 def _set_item(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
-    """x[...] = y: a tensor that is filled with rows has them."""
+    """x[...] = y: a tensor that is filled with rows has them, and one with rows keeps them if each gets what is its own."""
     x, index, value = args
-    fact, of_value = _of(tracker, x), _of(tracker, value)
-    if not isinstance(of_value, Rows) or fact is not UNKNOWN:
-        return None
+    if isinstance(value, Tensor) and type(value) is not PerturbedWeight:
+        tracker.note(x, _written(tracker, x, index, value, _of(tracker, x), _of(tracker, value)))
+    return None
+
+
+def _written(tracker: Tracker, x: Tensor, index: Any, value: Tensor, fact: Any, of_value: Any) -> Any:
+    if isinstance(of_value, Mixed):
+        return fact if of_value is NONE else _of_statistic(fact) if of_value is BATCH else of_value
+    if of_value is UNKNOWN or (isinstance(fact, Mixed) and fact is not NONE):
+        return fact
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(item, (int, slice)) and item is not Ellipsis for item in items):
-        return None
+    part = x[index]
+    if isinstance(fact, Rows):
+        of_part = _indexed(tracker, (x, index), {}, part)
+        of_value = _aligned(of_value, value, part.dim())
+        if isinstance(of_part, Rows) and (value.dim() == 0 or tracker.agree(of_part, of_value)):
+            return fact
+    advanced = [i for i, item in enumerate(items) if isinstance(item, (Tensor, list))]
     filled: list[Any] = []
     for item in items:
-        filled += [slice(None)] * (x.dim() - len(items) + 1) if item is Ellipsis else [item]
-    filled += [slice(None)] * (x.dim() - len(filled))
-    kept = [axis for axis, item in enumerate(filled) if isinstance(item, slice)]
-    axis = kept[of_value.axis + len(kept) - value.dim()]
-    if x.shape[axis] == value.shape[of_value.axis]:
-        tracker.note(x, of_value._replace(axis=axis))
-    return None
+        width = sum(_width(each) for each in items)
+        filled += [slice(None)] * (x.dim() - width) if item is Ellipsis else [item]
+    filled += [slice(None)] * (x.dim() - sum(_width(item) for item in filled))
+    if not advanced and all(isinstance(item, (int, slice)) for item in filled):
+        kept = [axis for axis, item in enumerate(filled) if isinstance(item, slice)]
+        at = of_value.axis + len(kept) - value.dim() if not isinstance(fact, Rows) else of_value.axis
+        axis = kept[at]
+        return _placed(tracker, x, axis, torch.arange(x.shape[axis])[filled[axis]], fact, of_value)
+    if len(advanced) == 1 and all(isinstance(item, (int, slice, Tensor, list)) for item in filled):
+        where = filled.index(next(item for item in filled if isinstance(item, (Tensor, list))))
+        picked = torch.as_tensor(filled[where], device=x.device)
+        kept = [axis for axis, item in enumerate(filled) if not isinstance(item, int)]
+        at = of_value.axis + len(kept) - value.dim() if not isinstance(fact, Rows) else of_value.axis
+        if picked.dim() == 1:
+            stand = torch.arange(x.shape[kept[at]], device=x.device)
+            return _placed(tracker, x, kept[at], stand[picked if kept[at] == where else filled[kept[at]]], fact, of_value)
+    return Mixed("into which rows were written at places that cannot be followed")
+
+
+def _of_statistic(fact: Any) -> Any:
+    return BATCH if fact is NONE else fact
+
+
+def _placed(tracker: Tracker, x: Tensor, axis: int, index: Tensor, fact: Any, source: Rows) -> Any:
+    """The fact of ``x`` after rows of ``source`` were put, or added, at entries ``index`` of its axis."""
+    if torch.compiler.is_compiling():
+        return UNKNOWN
+    size, device = x.shape[axis], index.device
+    wanted = tracker.owners(source, device)
+    if len(wanted) != len(index):
+        return Mixed("into which rows were written at places that cannot be followed")
+    if isinstance(fact, Rows):
+        if fact.axis == axis and torch.equal(tracker.owners(fact, device)[index], wanted):
+            return fact
+    else:  # zeros, say: as many entries for each row
+        inner, left = divmod(size, source.count)
+        guess = Rows(axis, source.count, 1, inner)
+        if not left and inner and torch.equal(tracker.owners(guess, device)[index], wanted):
+            return guess
+    order = torch.full((size,), -1, device=device)
+    order[index] = entries(source, device)
+    full = Rows(axis, source.count, order=order.clamp(min=0))
+    if bool((order >= 0).all()) and torch.equal(tracker.owners(full, device)[index], wanted):
+        return ordered(source, order, axis)
+    return Mixed(f"in which entries of axis {axis} were made of rows of different members, or of none")
+
+
+def _put(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """index_put(input, indices, values, accumulate)."""
+    x, indices, value = args[0], _argument(args, kwargs, 1, "indices"), _argument(args, kwargs, 2, "values")
+    before, of_value = _of(tracker, x), _of(tracker, value)
+    return _written(tracker, result, tuple(indices), value, before, of_value)
+
+
+def _scattered_at(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """scatter(input, dim, index, src) and its kin: along the rows, each entry must be given what belongs to its own member."""
+    x = args[0]
+    dim, index = _argument(args, kwargs, 1, "dim") % max(x.dim(), 1), _argument(args, kwargs, 2, "index")
+    source = _argument(args, kwargs, 3, "src")
+    source = kwargs.get("value") if source is None else source
+    if not isinstance(source, Tensor) or source.dim() != x.dim():
+        return _joined(tracker, [_of(tracker, x), _of(tracker, index) if _of(tracker, x) is not UNKNOWN else UNKNOWN])
+    fact, of_source = _of(tracker, x), _of(tracker, source)
+    along = [f for f in (fact, of_source) if isinstance(f, Rows) and f.axis == dim]
+    if not along:
+        return _along_dim(tracker, x, dim, [x, index, source])
+    if not isinstance(of_source, Rows) or of_source.axis != dim:
+        return _lost(x, along[0]) if of_source is not NONE else fact
+    if index.shape[dim] != source.shape[dim] or torch.compiler.is_compiling():
+        return _lost(source, of_source)
+    flat = index.movedim(dim, 0).flatten(1)
+    first = flat[:, 0]
+    if bool((flat == first.unsqueeze(1)).all()):
+        return _placed(tracker, result, dim, first, fact, of_source)
+    stand = fact if isinstance(fact, Rows) else Rows(dim, of_source.count, 1, x.shape[dim] // of_source.count)
+    if stand.axis == dim and stand.size == x.shape[dim]:
+        given = tracker.owners(stand, index.device)[flat]
+        if torch.equal(given, tracker.owners(of_source, index.device).unsqueeze(1).expand_as(given)):
+            return stand
+    return _lost(source, of_source)
+
+
+def _filled_in(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """masked_scatter(input, mask, source): the entries of the source, one after the other, where the mask is set."""
+    x, mask, source = args[0], _argument(args, kwargs, 1, "mask"), _argument(args, kwargs, 2, "source")
+    fact, of_source = _of(tracker, x), _of(tracker, source)
+    if not isinstance(of_source, Rows):
+        return _joined(tracker, [fact, of_source])
+    if isinstance(fact, Rows) and not torch.compiler.is_compiling():
+        own = tracker.owners(fact, x.device).view([-1 if axis == fact.axis else 1 for axis in range(x.dim())])
+        theirs = tracker.owners(of_source, x.device).view([-1 if axis == of_source.axis else 1 for axis in range(source.dim())])
+        wanted = own.expand(x.shape)[mask.expand(x.shape)]
+        if torch.equal(wanted, theirs.expand(source.shape).flatten()[: len(wanted)]):
+            return fact
+    return Mixed("into which rows were scattered by a mask, not each its own")
 
 
 def _along(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -589,16 +697,8 @@ def _added_at(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     index, source = _argument(args, kwargs, 2, "index"), _argument(args, kwargs, 3, "source")
     of_source = _of(tracker, source)
     if not isinstance(of_source, Rows) or of_source.axis != dim:
-        return _joined(tracker, [fact, of_source])
-    inner, left = divmod(x.shape[dim], of_source.count)
-    if fact is UNKNOWN and not left and inner and not torch.compiler.is_compiling():  # zeros, say: as many entries for each row
-        guess = Rows(dim, of_source.count, 1, inner)
-        given = tracker.owners(guess, index.device)[index]
-        return guess if torch.equal(given, tracker.owners(of_source, index.device)) else _lost(source, of_source)
-    if isinstance(fact, Rows) and fact.axis == dim:
-        given = tracker.owners(fact, index.device)[index]
-        return fact if torch.equal(given, tracker.owners(of_source, index.device)) else _lost(source, of_source)
-    return _lost(source, of_source)
+        return _lost(x, fact) if isinstance(fact, Rows) and fact.axis == dim and of_source is not NONE else _joined(tracker, [fact, of_source])
+    return _placed(tracker, result, dim, index, fact, of_source)
 
 
 def _ranked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -634,7 +734,13 @@ def _strided(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
         return fact
     size, stride = x.shape[fact.axis], x.stride(fact.axis)
     fits = [axis for axis in range(result.dim()) if result.shape[axis] == size and result.stride(axis) == stride]
-    return fact._replace(axis=fits[0]) if len(fits) == 1 else UNKNOWN
+    if len(fits) != 1:
+        return Mixed(f"which reads the memory of one of shape {tuple(x.shape)} in another way, so that its rows cannot be followed")
+    reach = sum((n - 1) * s for axis, (n, s) in enumerate(zip(result.shape, result.stride(), strict=True)) if axis != fits[0])
+    start = result.storage_offset() - x.storage_offset()
+    if stride < max(x.stride()) or not 0 <= start <= start + reach < stride:
+        return Mixed(f"which reads the memory of one of shape {tuple(x.shape)} beyond each row's own")
+    return fact._replace(axis=fits[0])
 
 
 # --- reductions and products ------------------------------------------------------------------------------------------
@@ -898,8 +1004,11 @@ _register(_unbound, "unbind __iter__")
 _register(_selected, "select")
 _register(_narrowed, "narrow")
 _register(_index_selected, "index_select")
-_register(_along, "gather scatter scatter_add scatter_reduce cumsum cumprod cummax cummin logcumsumexp sort argsort")
-_register(_added_at, "index_add index_copy")
+_register(_along, "gather cumsum cumprod cummax cummin logcumsumexp sort argsort")
+_register(_added_at, "index_add index_copy index_reduce")
+_register(_scattered_at, "scatter scatter_add scatter_reduce")
+_register(_put, "index_put")
+_register(_filled_in, "masked_scatter")
 _register(_along, "index_fill")
 _register(_taken, "take_along_dim")
 _register(_ranked, "topk kthvalue")
