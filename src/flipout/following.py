@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flipout.errors import BatchError, FlipoutError
-from flipout.rows import BATCH, NONE, UNKNOWN, UNSEEN, Mixed, Rows, Tracker, entries, ordered
+from flipout.rows import BATCH, NONE, UNKNOWN, UNSEEN, Mixed, Part, Rows, Tracker, entries, ordered
 from flipout.weight import PerturbedWeight
 
 __all__ = ["follow"]
@@ -41,7 +41,7 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
         if (fact is UNKNOWN or fact is NONE) and landed is not None and _fits(landed, result):
             fact = landed  # where a rule has put the rows of what all examples share
         _note(tracker, result, fact)
-        if type(fact) is Mixed and args and result is args[0]:
+        if isinstance(fact, Mixed) and args and result is args[0]:
             _spoil(tracker, result, fact)
     elif isinstance(result, (tuple, list)):
         facts = fact if isinstance(fact, list) else [fact] * len(result)
@@ -101,7 +101,12 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
         return BATCH
     mixed = [fact for fact in known if isinstance(fact, Mixed)]
     if mixed:
-        return mixed[0]
+        first = mixed[0]
+        if not isinstance(first, Part) or len(mixed) == len(known) and all(_same_part(tracker, first, fact) for fact in mixed):
+            return first
+        if len(mixed) == len([fact for fact in known if fact is not UNKNOWN]) and all(_same_part(tracker, first, f) for f in mixed):
+            return first
+        return next((fact for fact in mixed if not isinstance(fact, Part)), Mixed("which was made of parts of different rows"))
     rows = [fact for fact in known if isinstance(fact, Rows)]
     if not rows:
         return UNKNOWN
@@ -121,6 +126,12 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     return Mixed(f"which was made of tensors whose rows stand in different places (axes {axes}), so that rows are mixed")
 
 
+def _same_part(tracker: Tracker, a: Part, b: Any) -> bool:
+    if not isinstance(b, Part) or a.count != b.count:
+        return False
+    return a.row == b.row or tracker.owner_of(a) == tracker.owner_of(b)
+
+
 def _aligned(fact: Any, x: Tensor, ndim: int) -> Any:
     """A fact of an operand of ``ndim`` broadcast axes."""
     return fact._replace(axis=fact.axis + ndim - x.dim()) if isinstance(fact, Rows) and ndim != x.dim() else fact
@@ -128,6 +139,9 @@ def _aligned(fact: Any, x: Tensor, ndim: int) -> Any:
 
 def _unknown(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     facts = [_of(tracker, x) for x in _operands(args, kwargs)]
+    parts = [fact for fact in facts if isinstance(fact, Part)]
+    if parts:
+        return _joined(tracker, facts)
     mixed = next((fact for fact in facts if isinstance(fact, Mixed) and fact is not NONE and fact is not BATCH), None)
     if mixed is not None:
         return mixed
@@ -382,6 +396,11 @@ def _concatenated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     dim = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)) % result.dim()
     pieces = [piece for piece in pieces if piece.shape != (0,)]
     facts = [_of(tracker, piece) for piece in pieces]
+    if len(facts) > 1 and all(isinstance(fact, Part) for fact in facts):
+        if all(fact.row == facts[0].row for fact in facts):
+            return facts[0]
+        return ordered(facts[0].over(dim, 1), torch.cat([f.over(0, p.shape[dim]).order for f, p in zip(facts, pieces, strict=True)]))
+    facts = [f.over(dim, p.shape[dim]) if isinstance(f, Part) else f for f, p in zip(facts, pieces, strict=True)]
     along = [fact for fact in facts if isinstance(fact, Rows) and fact.axis == dim]
     if not along:
         return _joined(tracker, facts)
@@ -410,7 +429,10 @@ def _joined_on(axis: int, least: int) -> Handler:
 def _stacked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     pieces = _argument(args, kwargs, 0, "tensors")
     dim = _argument(args, kwargs, 1, "dim", 0) % result.dim()
-    fact = _joined(tracker, [_of(tracker, piece) for piece in pieces])
+    facts = [_of(tracker, piece) for piece in pieces]
+    if all(isinstance(fact, Part) for fact in facts):
+        return ordered(facts[0].over(dim, 1), torch.tensor([fact.row for fact in facts]))
+    fact = _joined(tracker, facts)
     return fact._replace(axis=fact.axis + (fact.axis >= dim)) if isinstance(fact, Rows) else fact
 
 
@@ -433,7 +455,16 @@ def _unbound(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     if not isinstance(fact, Rows):
         return fact
     dim = _argument(args, kwargs, 1, "dim", 0) % x.dim()
-    return _dropped(fact, dim, x)
+    return _dropped(fact, dim, x) if dim != fact.axis else [_part(fact, i) for i in range(len(result))]
+
+
+def _part(fact: Rows, index: Any) -> Any:
+    """The fact of ``x[index]``, of the axis of rows."""
+    if isinstance(index, Tensor) and (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)):
+        return Mixed("which is a part of one row")
+    at = int(index) % fact.size
+    run = at // fact.inner % fact.run
+    return Part(run if fact.order is None else int(fact.order[run]), fact.count)
 
 
 def _dropped(fact: Rows, dim: int, x: Tensor) -> Any:
@@ -445,7 +476,10 @@ def _dropped(fact: Rows, dim: int, x: Tensor) -> Any:
 
 def _selected(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     x, fact = _first(tracker, args, kwargs)
-    return _dropped(fact, _argument(args, kwargs, 1, "dim") % x.dim(), x) if isinstance(fact, Rows) else fact
+    if not isinstance(fact, Rows):
+        return fact
+    dim = _argument(args, kwargs, 1, "dim") % x.dim()
+    return _dropped(fact, dim, x) if dim != fact.axis else _part(fact, _argument(args, kwargs, 2, "index"))
 
 
 def _narrowed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
@@ -513,7 +547,7 @@ def _indexed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
             axis += _width(item)
         else:  # an integer
             if axis == fact.axis:
-                return _dropped(fact, axis, x)
+                return _part(fact, item)
             axis += 1
     rows_in_index = [of for of in (_of(tracker, item) for item in advanced) if isinstance(of, Rows)]
     if isinstance(found, Rows) and rows_in_index:
@@ -556,6 +590,13 @@ def _set_item(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 
 def _written(tracker: Tracker, x: Tensor, index: Any, value: Tensor, fact: Any, of_value: Any) -> Any:
+    if isinstance(of_value, Part):
+        items = list(index) if isinstance(index, tuple) else [index]
+        if all(isinstance(item, (int, slice)) for item in items):
+            whole = [axis for axis, item in enumerate(items) if isinstance(item, int)]
+            axis = fact.axis if isinstance(fact, Rows) else whole[0] if whole else 0
+            if axis in whole:
+                return _placed(tracker, x, axis, torch.tensor([items[axis] % x.shape[axis]]), fact, of_value.over(axis, 1))
     if isinstance(of_value, Mixed):
         return fact if of_value is NONE else _of_statistic(fact) if of_value is BATCH else of_value
     if of_value is UNKNOWN or (isinstance(fact, Mixed) and fact is not NONE):

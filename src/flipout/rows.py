@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import BatchError
 
-__all__ = ["Layout", "Mixed", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
+__all__ = ["Layout", "Mixed", "Part", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
 
 
 class Rows(NamedTuple):
@@ -63,6 +63,22 @@ class Mixed(NamedTuple):
     """The fact that a tensor's entries depend on several rows, or stand where they cannot be followed; with the reason."""
 
     why: str
+
+
+class Part(Mixed):
+    """The fact that all entries of a tensor belong to one row, of which it is a part: ``x[i]``."""
+
+    row: int
+    count: int
+
+    def __new__(cls, row: int, count: int) -> Part:
+        part: Part = super().__new__(cls, "which is a part of one row")
+        part.row, part.count = row, count
+        return part
+
+    def over(self, axis: int, size: int) -> Rows:
+        """The same for an axis with ``size`` entries."""
+        return Rows(axis, self.count, order=torch.full((size,), self.row))
 
 
 #: The fact that a tensor belongs to no row: a parameter, a buffer, positions, a statistic of the whole batch.
@@ -125,6 +141,10 @@ class Tracker:
         if self.owner is not None:
             return self.owner.to(device)[rows]
         return torch.div(rows, fact.count // max(self.members or 1, 1), rounding_mode="floor")
+
+    def owner_of(self, part: Part) -> int:
+        """The member of a part of one row."""
+        return int(self.owner[part.row]) if self.owner is not None else part.row // (part.count // max(self.members or 1, 1))
 
     def agree(self, a: Rows, b: Rows) -> bool:
         """Whether entries of two tensors that meet each other belong to the same members."""
@@ -216,6 +236,8 @@ class Layout:
             )
         fact = self.known(x)
         free = x.dim() - features
+        if isinstance(fact, Part) and free > 0:
+            fact = fact.over(0, x.shape[0])
         if isinstance(fact, Mixed) and fact is not NONE:
             raise BatchError(f"{what} got an input of shape {tuple(x.shape)} {fact.why}. {_WAYS_OUT}")
         if not isinstance(fact, Rows):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flipout.following import follow
-from flipout.rows import BATCH, Rows, Tracker, entries
+from flipout.rows import BATCH, Part, Rows, Tracker, entries
 
 Operation = Callable[[Tensor], Any]
 
@@ -63,6 +63,9 @@ def check(operation: Operation, x: Tensor, fact: Rows, must: bool = True, statis
             assert isinstance(said, Rows), (said, tuple(x.shape), fact, tuple(y.shape))
         if statistic:
             assert said is BATCH
+        if isinstance(said, Part):
+            z = operation(changed(x, fact, said.row, other))
+            assert torch.equal(y, z if isinstance(z, Tensor) else [part for part in z if isinstance(part, Tensor)][at])
         if not isinstance(said, Rows):
             continue
         assert said.axis < y.dim() and y.shape[said.axis] == said.size, (said, tuple(y.shape))
@@ -240,6 +243,9 @@ def test_cuts(data: Any, given_: tuple[Tensor, Rows]) -> None:
     else:
         check(lambda t: t.unbind(dim), x, fact, must=False)
         check(lambda t: t.select(dim, start), x, fact, must=False)
+        check(lambda t: t.select(dim, start).exp().sum(), x, fact, must=False)
+        check(lambda t: torch.stack([part.flip(0) if part.dim() else part for part in t.unbind(dim)]), x, fact)
+        check(lambda t: torch.cat([part.view(1, -1) for part in t.unbind(dim)]), x, fact)
     if fact.axis != 0:
         check(lambda t: list(t), x, fact)
 

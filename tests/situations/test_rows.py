@@ -254,12 +254,12 @@ def a_frozen_matrix_and_gains(m: Any, x: Tensor) -> Tensor:
     return F.linear(x, m.W * m.g[:, None] + m.h) + F.linear(x, m.W * m.h) + F.linear(x, m.W * m.c)
 
 
-@case(lambda: (floats(N, 6),), lambda: {**{k: v for k, v in _adapter().items() if k != "W"}, "W": floats(8, 6)})
+@case(lambda: (floats(N, 6),), lambda: {"g": weights(8), "h": weights(8, 1), "c": weights(6), "W": floats(8, 6)})
 def a_frozen_buffer_and_gains(m: Any, x: Tensor) -> Tensor:
     return F.linear(x, m.W * m.g.unsqueeze(1)) + F.linear(x, m.W * m.h) + F.linear(x, m.W + m.h) + F.linear(x, m.W * m.c + m.c)
 
 
-@case(lambda: (floats(N, 6),), _adapter, exclude=("W", "A", "B"))
+@case(lambda: (floats(N, 6),), _adapter, exclude=("W", "A", "B", "c"))
 def dora_gains(m: Any, x: Tensor) -> Tensor:
     V = m.W + m.B @ m.A
     return F.linear(x, V) * (m.g / V.norm(dim=1)) + F.linear(x, m.h * V / V.norm(dim=1, keepdim=True))
@@ -321,7 +321,15 @@ def one_row_after_the_other(m: Any, x: Tensor) -> Tensor:
 
 @case(lambda: (floats(N, N, 3),), lambda: linears(3, 5, 3))
 def example_by_example(m: Any, x: Tensor) -> Tensor:
-    return torch.stack([m.l1(m.l0(row).relu()) for row in x])
+    out = torch.zeros_like(x)
+    for i in range(len(x)):
+        out[i] = m.l1(m.l0(x[i]).relu())
+    return m.l1(m.l0(out)) + torch.stack([m.l1(m.l0(row).relu()) for row in x])
+
+
+@case(lambda: (floats(N, 3),), lambda: {"g": weights(5), **linears(3, 5, 3)})
+def vector_by_vector(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([m.l1(m.l0(row) * m.g) for row in x])
 
 
 # --- states and tokens --------------------------------------------------------------------------------------------------

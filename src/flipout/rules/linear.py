@@ -13,7 +13,7 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
 from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.rows import Rows
+from flipout.rows import Part, Rows
 from flipout.rules.axes import permute, reshape
 from flipout.rules.constants import is_constant, of_constant
 from flipout.rules.pointwise import add
@@ -38,6 +38,12 @@ def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tens
     lead = math.prod(x.shape[: place.axis]) * outer
     each = math.prod(x.shape[place.axis : -1]) // (members * outer) if members else 1
     return x.reshape(lead, members, each, x.shape[-1]), x, weight, place
+
+
+def _of_one_row(x: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    """A vector that is a part of one row, as a matrix of one row; None for any other."""
+    some = weight if isinstance(weight, PerturbedWeight) else bias
+    return some.moved(x, x.unsqueeze(0)) if isinstance(some.batch.known(x), Part) else None
 
 
 def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
@@ -74,6 +80,8 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
     if is_constant(input, weight, bias):
         return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if some.batch.members is None:
         flat, drawn = _token_rows(input, weight, bias)
@@ -143,6 +151,8 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
     if is_constant(input, weight, bias):
         return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     x, input, weight, place = _blocks(input, weight, "linear")
@@ -156,6 +166,8 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
     if is_constant(input, weight, bias):
         return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     if weight.drawn:  # made of vectors, of which every member has its own

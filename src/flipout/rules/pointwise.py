@@ -15,7 +15,7 @@ from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.rows import NONE, Rows
+from flipout.rows import NONE, Mixed, Part, Rows
 from flipout.rules.axes import broadcast, scaled
 from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
@@ -36,6 +36,8 @@ def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tenso
         drawn = weight.for_tokens(lead.numel())
         return x, drawn.dense().view(*lead, *shape)
     place = layout.known(x)
+    if isinstance(place, Part):
+        return x, per_row(weight.at(place.over(0, 1)), 1)[0]
     if not isinstance(place, Rows):
         shared = [i for i, size in enumerate(reversed(shape)) if size != 1]
         x, place = layout.where(x, min(max(shared, default=-1) + 1, max(x.dim() - 1 - layout.dim, 0)), what)
@@ -61,7 +63,7 @@ def fits(weight: PerturbedWeight, value: Tensor) -> bool:
     """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
     own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
     fact = weight.batch.known(value)
-    if isinstance(fact, Rows):
+    if isinstance(fact, (Rows, Mixed)) and fact is not NONE:
         return False
     within = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
     if not within or value.dim() <= dim or fact is NONE:
