@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flipout.errors import BatchError, FlipoutError
-from flipout.rows import BATCH, NONE, UNKNOWN, UNSEEN, Mixed, Part, Rows, Tracker, entries, ordered
+from flipout.rows import BATCH, FRESH, NONE, UNKNOWN, UNSEEN, Mixed, Part, Rows, Tracker, entries, ordered
 from flipout.weight import PerturbedWeight
 
 __all__ = ["follow"]
@@ -41,7 +41,7 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
         if (fact is UNKNOWN or fact is NONE) and landed is not None and _fits(landed, result):
             fact = landed  # where a rule has put the rows of what all examples share
         _note(tracker, result, fact)
-        if isinstance(fact, Mixed) and args and result is args[0]:
+        if args and result is args[0] and result._base is not None:
             _spoil(tracker, result, fact)
     elif isinstance(result, (tuple, list)):
         facts = fact if isinstance(fact, list) else [fact] * len(result)
@@ -59,10 +59,16 @@ def _note(tracker: Tracker, result: Tensor, fact: Any) -> None:
     tracker.note(result, fact)
 
 
-def _spoil(tracker: Tracker, view: Tensor, fact: Mixed) -> None:
+def _spoil(tracker: Tracker, view: Tensor, fact: Any) -> None:
     """What is written in place into a view is in the whole as well."""
-    if fact is not NONE and fact is not BATCH and view._base is not None and isinstance(tracker.find(view._base), Rows):
-        tracker.note(view._base, fact)
+    base = view._base
+    if base is None or fact is NONE or fact is BATCH or fact is FRESH:
+        return
+    before = tracker.find(base)
+    if isinstance(fact, Mixed) and isinstance(before, Rows):
+        tracker.note(base, fact)
+    elif before is FRESH:
+        tracker.note(base, UNKNOWN)
 
 
 def _fits(place: Rows, tensor: Tensor) -> bool:
@@ -93,6 +99,7 @@ def _operands(args: Any, kwargs: Any) -> list[Tensor]:
 
 def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     """The fact of a result whose operands stand as they say in it already."""
+    facts = list(facts)
     known = [fact for fact in facts if fact is not NONE]
     if not known:
         return NONE
@@ -109,7 +116,7 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
         return next((fact for fact in mixed if not isinstance(fact, Part)), Mixed("which was made of parts of different rows"))
     rows = [fact for fact in known if isinstance(fact, Rows)]
     if not rows:
-        return UNKNOWN
+        return UNKNOWN if any(fact is not FRESH for fact in known) else FRESH if len(known) == len(facts) else NONE
     if len(rows) == 1 or all(tracker.agree(fact, rows[0]) for fact in rows[1:]):
         return rows[0]
     sure = [fact for fact in rows if fact.sure]
@@ -332,7 +339,7 @@ def _repeated_for_all(tracker: Tracker, fact: Any, x: Tensor, result: Tensor) ->
         return fact
     rows, at = tracker.rows, tracker.dim + x.dim() - result.dim()
     if rows is None or tracker.dim >= result.dim() or result.shape[tracker.dim] != rows or (at >= 0 and x.shape[at] != 1):
-        return UNKNOWN if rows is None or rows in result.shape else NONE
+        return NONE
     return Rows(tracker.dim, rows, sure=False)
 
 
@@ -769,19 +776,24 @@ def _windowed(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 
 def _strided(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
-    """as_strided: the axis with the size and the stride of the rows', if only one has them."""
+    """as_strided: the axis along which the memory holds one row after the other, read off a memory of their numbers."""
     x, fact = _first(tracker, args, kwargs)
     if not isinstance(fact, Rows):
         return fact
     size, stride = x.shape[fact.axis], x.stride(fact.axis)
     fits = [axis for axis in range(result.dim()) if result.shape[axis] == size and result.stride(axis) == stride]
-    if len(fits) != 1:
-        return Mixed(f"which reads the memory of one of shape {tuple(x.shape)} in another way, so that its rows cannot be followed")
-    reach = sum((n - 1) * s for axis, (n, s) in enumerate(zip(result.shape, result.stride(), strict=True)) if axis != fits[0])
-    start = result.storage_offset() - x.storage_offset()
-    if stride < max(x.stride()) or not 0 <= start <= start + reach < stride:
-        return Mixed(f"which reads the memory of one of shape {tuple(x.shape)} beyond each row's own")
-    return fact._replace(axis=fits[0])
+    if torch.compiler.is_compiling():
+        return UNKNOWN
+    first = min(x.storage_offset(), result.storage_offset())
+    memory = torch.full((x.untyped_storage().nbytes() // x.element_size() - first,), -1, dtype=torch.int32)
+    stand = entries(fact, x.device).cpu().int()
+    memory.as_strided(x.shape, x.stride(), x.storage_offset() - first)[:] = stand.view([-1 if a == fact.axis else 1 for a in range(x.dim())])
+    found = memory.as_strided(result.shape, result.stride(), result.storage_offset() - first)
+    for axis in fits or range(result.dim()):
+        order = found.movedim(axis, 0).flatten(1)
+        if bool((order == order[:, :1]).all()) and bool((order >= 0).all()):
+            return ordered(fact, order[:, 0].long().to(x.device), axis)
+    return Mixed(f"which reads the memory of one of shape {tuple(x.shape)} in another way, so that its rows cannot be followed")
 
 
 # --- reductions and products ------------------------------------------------------------------------------------------
@@ -962,6 +974,10 @@ def _unpacked(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _fresh(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """new_zeros and its kin: of the operand they have the dtype and the device."""
+    return FRESH
+
+
+def _random(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     return UNKNOWN
 
 
@@ -972,7 +988,12 @@ def _constant(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 def _filled(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """zeros_like and its kin: a tensor in the shape of one with rows has them; in the shape of anything else, it may."""
     _, fact = _first(tracker, args, kwargs)
-    return fact if isinstance(fact, Rows) and fact.order is None else UNKNOWN
+    return fact if isinstance(fact, Rows) and fact.order is None else FRESH
+
+
+def _filled_at_random(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    fact = _filled(tracker, args, kwargs, result)
+    return UNKNOWN if fact is FRESH else fact
 
 
 # --- the families -----------------------------------------------------------------------------------------------------
@@ -1007,10 +1028,12 @@ __idiv__ __pow__ __rpow__ __ipow__ __neg__ __abs__ __invert__ __and__ __or__ __x
 __le__ __gt__ __ge__ __mod__ __floordiv__ __rand__ __ror__ pin_memory requires_grad triu tril"""
 
 _register(_elementwise, _ELEMENTWISE)
-_register(_filled, "zeros_like ones_like rand_like randn_like full_like empty_like randint_like")
+_register(_filled, "zeros_like ones_like full_like empty_like")
+_register(_filled_at_random, "rand_like randn_like randint_like")
 _register(_cast, "to type type_as view_as_real view_as_complex")
 _register(_copied, "copy")
-_register(_fresh, "new_zeros new_ones new_full new_empty new_tensor new_empty_strided zeros ones full empty rand randn randint randperm")
+_register(_fresh, "new_zeros new_ones new_full new_empty zeros ones full empty")
+_register(_random, "new_tensor rand randn randint randperm")
 _register(_across(1), "softmax log_softmax softmin")
 _register(_across(4, -1), "gumbel_softmax")
 _register(_across(2, 1), "normalize")

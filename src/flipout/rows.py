@@ -87,6 +87,8 @@ NONE = Mixed("")
 BATCH = Mixed("which is a statistic over rows of the batch")
 #: The fact that nothing is known of a tensor that was met.
 UNKNOWN = object()
+#: The fact that a tensor was filled with one number: a constant, until rows are written into it.
+FRESH = object()
 #: Returned for a tensor that was not met.
 UNSEEN = None
 
@@ -241,7 +243,7 @@ class Layout:
         if isinstance(fact, Mixed) and fact is not NONE:
             raise BatchError(f"{what} got an input of shape {tuple(x.shape)} {fact.why}. {_WAYS_OUT}")
         if not isinstance(fact, Rows):
-            x, fact = self._by_size(x, free, fact is NONE, what)
+            x, fact = self._by_size(x, free, fact is NONE, what, fact is FRESH)
         elif fact.axis >= free:
             raise BatchError(
                 f"{what} got an input of shape {tuple(x.shape)} whose rows stand on axis {fact.axis}, which it reads as features. "
@@ -290,13 +292,13 @@ class Layout:
             return self.owner.to(device)[rows]
         return torch.div(rows, place.count // max(self.members, 1), rounding_mode="floor")
 
-    def _by_size(self, x: Tensor, free: int, shared: bool, what: str) -> tuple[Tensor, Rows]:
+    def _by_size(self, x: Tensor, free: int, shared: bool, what: str, fresh: bool = False) -> tuple[Tensor, Rows]:
         """The rows of an operand that was not followed: one axis may have their number, or it may be shared."""
         members, rows, dim = self.members or 1, self.rows, self.dim
         sizes = x.shape[: max(free, 0)]
         fits = [axis for axis, size in enumerate(sizes) if (size == rows if rows is not None else size and size % members == 0)]
         if not shared:
-            if len(fits) == 1 or (fits and self.tracker is None):
+            if len(fits) == 1 or (fits and self.tracker is None) or (fresh and dim in fits):
                 axis = dim if dim in fits else fits[0]
                 return x, Rows(axis, sizes[axis] if rows is None else rows, sure=False)
             if fits:

@@ -15,7 +15,7 @@ from flipout.errors import DrawError
 from flipout.signs import packed_size
 from flipout.weight import Factor, PerturbedWeight, Term
 
-__all__ = ["broadcast", "permute", "reshape", "scaled", "take"]
+__all__ = ["broadcast", "narrowed_to_one", "permute", "reshape", "scaled", "take"]
 
 
 def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
@@ -125,6 +125,19 @@ def broadcast(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def narrowed_to_one(weight: PerturbedWeight, axis: int) -> PerturbedWeight:
+    """The weight with one entry on an axis along which it is expanded; itself where it is not."""
+    mean = weight.mean_weight
+    if mean.shape[axis] == 1 or mean.stride(axis) != 0:
+        return weight
+    for term in weight.terms:
+        at, ndim = axis + term.per_member, mean.dim() + term.per_member
+        base = term.base
+        if base.dim() and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0)) or any(axis in f.axes for f in term.factors):
+            return weight
+    return take(weight, axis, slice(0, 1))
 
 
 def scaled(weight: PerturbedWeight, values: Tensor, axis: int | None) -> PerturbedWeight:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from flipout.rows import Rows
+from flipout.rules.axes import broadcast
 from flipout.weight import Layout, PerturbedWeight, Term, missing_rule
 
 __all__ = ["is_constant", "is_listed", "listed", "of_constant"]
@@ -39,6 +40,11 @@ def of_constant(operation: Any, x: Tensor, *weights: Any) -> PerturbedWeight:
         raise missing_rule(operation, first, (x, *weights), "it stands where the data should")
     there = Layout(members, members, 0, place=Rows(0, members))
     own = [PerturbedWeight(w.mean_weight, w.terms, there, w.origin) if isinstance(w, PerturbedWeight) else w for w in weights]
+    if not isinstance(x, PerturbedWeight):
+        for axis, (n, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):  # an expanded axis is computed once
+            if n > 1 and step == 0:
+                one = of_constant(operation, x.narrow(axis, 0, 1), *weights)
+                return broadcast(one, (*x.shape[:-1], one.mean_weight.shape[-1]))
     data = x.dense() if isinstance(x, PerturbedWeight) else x.expand(members, *x.shape)
     values: Tensor = operation(data if data.dim() > 1 else data.unsqueeze(0), *own)
     return listed(next((w for w in weights if isinstance(w, PerturbedWeight)), first), values)

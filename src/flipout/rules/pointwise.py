@@ -16,11 +16,11 @@ from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Part, Rows
-from flipout.rules.axes import broadcast, scaled
+from flipout.rules.axes import broadcast, narrowed_to_one, scaled
 from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
 
-__all__ = ["fits", "spread"]
+__all__ = ["fits", "on_place", "spread"]
 
 
 def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -44,15 +44,25 @@ def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tenso
     if x.dim() < len(shape):
         place = place._replace(axis=place.axis + len(shape) - x.dim())
         x = x.reshape(*[1] * (len(shape) - x.dim()), *x.shape)
-    shape = [1] * (x.dim() - len(shape)) + shape
+    return x, on_place(weight, x.dim(), place, what)
+
+
+def on_place(weight: PerturbedWeight, ndim: int, place: Rows, what: str) -> Tensor:
+    """The members' weights, broadcastable to a tensor of ``ndim`` axes whose rows stand at ``place``."""
+    lead = ndim - weight.mean_weight.dim()
+    if lead < 0:
+        raise BatchError(f"{what} has no axis for the rows in {ndim} axes of {weight.origin.name!r} {tuple(weight.mean_weight.shape)}")
+    if place.axis >= lead:
+        weight = narrowed_to_one(weight, place.axis - lead)
+    shape = [1] * lead + list(weight.mean_weight.shape)
     if shape[place.axis] != 1:
         raise BatchError(
-            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of shape "
-            f"{tuple(x.shape)}, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
+            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of {ndim} "
+            f"axes, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
         )
-    values = per_row(weight.at(place), x.shape[place.axis])
+    values = per_row(weight.at(place), place.size)
     del shape[place.axis]
-    return x, values.reshape(values.shape[0], *shape).movedim(0, place.axis)
+    return values.reshape(values.shape[0], *shape).movedim(0, place.axis)
 
 
 def _scalar(value: Any) -> bool:
