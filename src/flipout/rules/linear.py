@@ -288,6 +288,15 @@ def bmm(input: Any, mat2: Any) -> Tensor:
         matrix = reshape(carrier, carrier.mean_weight.shape[1:])
         if other.shape[0] == 1 == carrier.batch.rows:
             return matmul(matrix, other) if carrier is a else matmul(other, matrix)
+    other = b if carrier is a else a
+    place = carrier.batch.known(other) if carrier.batch.members is not None and not isinstance(other, PerturbedWeight) else None
+    if isinstance(place, Rows) and place.axis == 0 and place.sure:  # each matrix meets one row: its member's own
+        index = carrier.batch.index(place)
+        if index is None:
+            index = torch.arange(carrier.batch.members or 0).repeat_interleave(place.size // (carrier.batch.members or 1))
+        matrices = carrier.dense()[index.to(carrier.device), torch.arange(place.size, device=carrier.device)]
+        operands = autocast(*((matrices, b) if carrier is a else (a, matrices)))
+        return torch.bmm(*operands)
     raise BatchError(
         f"bmm met the stack of matrices {carrier.origin.name!r} {tuple(carrier.mean_weight.shape)}: its leading axis indexes the "
         "stack, so the rows of the batch cannot be told apart (a mixture of experts routes rows this way). Use matmul on [batch, "

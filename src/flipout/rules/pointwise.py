@@ -281,6 +281,38 @@ for _function in (torch.Tensor.__pow__, F.softplus, F.relu, F.silu, F.gelu):
     _exact(_function)
 
 
+def _choice(condition: Any, input: Any, other: Any) -> Tensor:
+    """where() of rows of data and of weights, each row with its member's."""
+    operands = (condition, input, other)
+    carriers = [value for value in operands if isinstance(value, PerturbedWeight)]
+    ndim = max(value.dim() for value in operands if isinstance(value, Tensor))
+    places, constant, dim = [], True, carriers[0].batch.dim
+    for value in operands:
+        if isinstance(value, Tensor) and not isinstance(value, PerturbedWeight):
+            fact = carriers[0].batch.known(value)
+            if isinstance(fact, Mixed) and fact is not NONE:
+                carriers[0].where(value, 0, "where")
+            if isinstance(fact, Rows):
+                places.append(fact._replace(axis=fact.axis + ndim - value.dim()))
+            constant = constant and (fact is NONE or not value.dim() or (value.dim() == ndim > dim and value.shape[dim] == 1))
+    if not places and constant and carriers[0].batch.members is not None:  # what all examples share: a weight again
+        values = torch.where(*(_lifted(v.dense(), ndim) if isinstance(v, PerturbedWeight) else v for v in operands))
+        return PerturbedWeight(values.new_zeros(values.shape[1:]), (Term(values, per_member=True),), carriers[0].batch, carriers[0].origin)
+    if not places or carriers[0].batch.members is None or not all(place.same(places[0]) for place in places):
+        raise missing_rule(torch.where, carriers[0], operands, "its other operands have no rows, or in different places")
+    return torch.where(*(on_place(v, ndim, places[0], "where") if isinstance(v, PerturbedWeight) else v for v in operands))
+
+
+@rule(torch.where, Estimator)
+def where(condition: Any, input: Any, other: Any) -> Tensor:
+    return _choice(condition, input, other)
+
+
+@rule(torch.Tensor.where, Estimator)
+def where_of(input: Any, condition: Any, other: Any) -> Tensor:
+    return _choice(condition, input, other)
+
+
 @rule((F.prelu, torch.prelu), Estimator)
 def prelu(input: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
