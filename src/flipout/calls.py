@@ -113,6 +113,7 @@ class Call(TorchFunctionMode):
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Notes the rows of the arguments of a call: of those with as many on the batch dimension as the one that counts them."""
         dim, rows = self.layout.dim, self.layout.rows
+        self.tracker.dim, self.tracker.rows = dim, rows
         if self._plain or not rows:
             return
         sure = True

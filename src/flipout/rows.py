@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import BatchError
 
-__all__ = ["Layout", "Mixed", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
+__all__ = ["Layout", "Mixed", "Part", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
 
 
 class Rows(NamedTuple):
@@ -25,7 +25,8 @@ class Rows(NamedTuple):
         count: the rows of the batch.
         outer: how often the whole batch stands there, one after the other (``[T, N]`` folded into ``T * N``).
         inner: how many entries in a run belong to each row (``[N, T]`` folded into ``N * T``).
-        order: the row of each entry, ``[size of the axis]``, where they stand in another order; then ``outer`` and ``inner`` are 1.
+        order: the row of each entry of a run, where they stand in another order than 0, 1, … ``count - 1``; ``outer`` and ``inner``
+            then say how often that run stands there, and how many entries each of its entries has become.
         sure: False for what was read off sizes alone, which gives way to what was followed.
         weight: the name of the weight that was taken to be expanded to the rows; else None.
     """
@@ -41,7 +42,12 @@ class Rows(NamedTuple):
     @property
     def size(self) -> int:
         """Entries of the axis."""
-        return self.outer * self.count * self.inner if self.order is None else len(self.order)
+        return self.outer * self.run * self.inner
+
+    @property
+    def run(self) -> int:
+        """Entries of a run of the batch."""
+        return self.count if self.order is None else len(self.order)
 
     @property
     def blocks(self) -> bool:
@@ -59,10 +65,30 @@ class Mixed(NamedTuple):
     why: str
 
 
+class Part(Mixed):
+    """The fact that all entries of a tensor belong to one row, of which it is a part: ``x[i]``."""
+
+    row: int
+    count: int
+
+    def __new__(cls, row: int, count: int) -> Part:
+        part: Part = super().__new__(cls, "which is a part of one row")
+        part.row, part.count = row, count
+        return part
+
+    def over(self, axis: int, size: int) -> Rows:
+        """The same for an axis with ``size`` entries."""
+        return Rows(axis, self.count, order=torch.full((size,), self.row))
+
+
 #: The fact that a tensor belongs to no row: a parameter, a buffer, positions, a statistic of the whole batch.
 NONE = Mixed("")
+#: The fact that a tensor is a statistic over rows of the batch: as NONE where it meets rows, but no constant.
+BATCH = Mixed("which is a statistic over rows of the batch")
 #: The fact that nothing is known of a tensor that was met.
 UNKNOWN = object()
+#: The fact that a tensor was filled with one number: a constant, until rows are written into it.
+FRESH = object()
 #: Returned for a tensor that was not met.
 UNSEEN = None
 
@@ -75,10 +101,15 @@ class Tracker:
     Args:
         members: N of the draw.
         owner: the member of each row, where rows are not in member-major blocks.
+
+    Attributes:
+        rows: the rows of the call's input, on its dimension ``dim``.
     """
 
     def __init__(self, members: int | None = None, owner: Tensor | None = None) -> None:
         self.members, self.owner = members, owner
+        self.rows: int | None = None
+        self.dim = 0
         self._facts: dict[int, tuple[Any, Any]] = {}
         self._traced: dict[Tensor, Any] | None = {} if torch.compiler.is_compiling() else None
         self.landed: Rows | None = None
@@ -113,6 +144,10 @@ class Tracker:
             return self.owner.to(device)[rows]
         return torch.div(rows, fact.count // max(self.members or 1, 1), rounding_mode="floor")
 
+    def owner_of(self, part: Part) -> int:
+        """The member of a part of one row."""
+        return int(self.owner[part.row]) if self.owner is not None else part.row // (part.count // max(self.members or 1, 1))
+
     def agree(self, a: Rows, b: Rows) -> bool:
         """Whether entries of two tensors that meet each other belong to the same members."""
         if a.same(b):
@@ -133,9 +168,10 @@ class Tracker:
 
 def entries(fact: Rows, device: torch.device) -> Tensor:
     """The row of each entry of the axis of rows."""
-    if fact.order is not None:
-        return fact.order
-    return torch.arange(fact.count, device=device).repeat_interleave(fact.inner).repeat(fact.outer)
+    run = torch.arange(fact.count, device=device) if fact.order is None else fact.order
+    if fact.inner != 1:
+        run = run.repeat_interleave(fact.inner)
+    return run if fact.outer == 1 else run.repeat(fact.outer)
 
 
 def ordered(fact: Rows, order: Tensor, axis: int | None = None) -> Rows:
@@ -202,10 +238,12 @@ class Layout:
             )
         fact = self.known(x)
         free = x.dim() - features
+        if isinstance(fact, Part) and free > 0:
+            fact = fact.over(0, x.shape[0])
         if isinstance(fact, Mixed) and fact is not NONE:
             raise BatchError(f"{what} got an input of shape {tuple(x.shape)} {fact.why}. {_WAYS_OUT}")
         if not isinstance(fact, Rows):
-            x, fact = self._by_size(x, free, fact is NONE, what)
+            x, fact = self._by_size(x, free, fact is NONE, what, fact is FRESH)
         elif fact.axis >= free:
             raise BatchError(
                 f"{what} got an input of shape {tuple(x.shape)} whose rows stand on axis {fact.axis}, which it reads as features. "
@@ -217,7 +255,14 @@ class Layout:
 
     def known(self, x: Tensor) -> Any:
         """What is known of an operand: Rows, Mixed, NONE, or nothing (UNKNOWN, UNSEEN)."""
-        return self.place if self.place is not None or self.tracker is None else self.tracker.consult(x)
+        if self.place is not None or self.tracker is None:
+            return self.place
+        fact = self.tracker.consult(x)
+        return NONE if fact is BATCH else fact
+
+    def constant(self, x: Tensor) -> bool:
+        """Whether an operand is known to be the same whatever the rows are: a parameter, a buffer, positions."""
+        return self.place is None and self.tracker is not None and self.tracker.consult(x) is NONE
 
     def locate(self, x: Tensor, features: int, what: str) -> tuple[Tensor, int]:
         """As :meth:`where`, for rules that want the rows in member-major blocks.
@@ -241,22 +286,19 @@ class Layout:
         if place.blocks and self.owner is None:
             return None
         assert self.members is not None
+        device = place.order.device if place.order is not None else torch.device("cpu") if self.owner is None else self.owner.device
+        rows = entries(place, device)
         if self.owner is not None:
-            owner = self.owner
-        else:
-            device = None if place.order is None else place.order.device
-            owner = torch.arange(self.members, device=device).repeat_interleave(place.count // max(self.members, 1))
-        if place.order is not None:
-            return owner[place.order]
-        return owner.repeat_interleave(place.inner).repeat(place.outer)
+            return self.owner.to(device)[rows]
+        return torch.div(rows, place.count // max(self.members, 1), rounding_mode="floor")
 
-    def _by_size(self, x: Tensor, free: int, shared: bool, what: str) -> tuple[Tensor, Rows]:
+    def _by_size(self, x: Tensor, free: int, shared: bool, what: str, fresh: bool = False) -> tuple[Tensor, Rows]:
         """The rows of an operand that was not followed: one axis may have their number, or it may be shared."""
         members, rows, dim = self.members or 1, self.rows, self.dim
         sizes = x.shape[: max(free, 0)]
         fits = [axis for axis, size in enumerate(sizes) if (size == rows if rows is not None else size and size % members == 0)]
         if not shared:
-            if len(fits) == 1 or (fits and self.tracker is None):
+            if len(fits) == 1 or (fits and self.tracker is None) or (fresh and dim in fits):
                 axis = dim if dim in fits else fits[0]
                 return x, Rows(axis, sizes[axis] if rows is None else rows, sure=False)
             if fits:

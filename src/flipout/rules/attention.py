@@ -22,7 +22,8 @@ from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Rows
 from flipout.rules.axes import take
 from flipout.rules.per_row import per_row
-from flipout.weight import PerturbedWeight, carriers_in, missing_rule
+from flipout.rules.pointwise import on_place
+from flipout.weight import PerturbedWeight, carriers_in, missing_rule, require_data
 
 __all__ = ["attend"]
 
@@ -114,6 +115,17 @@ def attend(
     if dropout > 0.0:
         probabilities = F.dropout(probabilities, dropout)
     return torch.matmul(probabilities, v), probabilities
+
+
+@rule(F.scaled_dot_product_attention, Estimator)
+def scaled_dot_product(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **named: Any) -> Tensor:
+    """Attention whose mask is a weight: a bias of positions, of which each row has its member's."""
+    require_data(F.scaled_dot_product_attention, query, key, value)
+    place = attn_mask.batch.known(query)
+    if not isinstance(place, Rows):
+        _, place = attn_mask.where(query, 2, "attention")
+    mask = on_place(attn_mask, query.dim(), place, "attention")
+    return F.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), *rest, **named)
 
 
 def _rows_of_operands(query: Tensor, key: Tensor, value: Tensor, weights: tuple[Any, ...]) -> Rows | None:

@@ -15,7 +15,7 @@ from flipout.errors import DrawError
 from flipout.signs import packed_size
 from flipout.weight import Factor, PerturbedWeight, Term
 
-__all__ = ["permute", "reshape", "scaled", "take"]
+__all__ = ["broadcast", "narrowed_to_one", "permute", "reshape", "scaled", "take"]
 
 
 def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
@@ -101,6 +101,43 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def broadcast(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
+    """The weight expanded to a larger shape, along whose new entries the members' values repeat."""
+    mean = weight.mean_weight.expand(tuple(shape))
+    if mean.numel() > weight.mean_weight.numel():
+        weight.require_drawn("expand(), where entries share one noise")
+    old = weight.mean_weight.shape
+    lead = mean.dim() - len(old)
+
+    def of_factor(factor: Factor) -> Factor:
+        # an axis of size one has one sign, which the expanded axis shares: drop it from the sizes, not from the values
+        kept = [(axis + lead, size) for axis, size in zip(factor.axes, factor.sizes, strict=True) if old[axis] != 1]
+        return replace(factor, axes=tuple(axis for axis, _ in kept), sizes=tuple(size for _, size in kept))
+
+    def of_term(term: Term) -> Term:
+        base = term.base
+        if term.per_member:
+            base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
+        elif base.dim():
+            base = base.expand(mean.shape)
+        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+
+    return weight.replace(mean, [of_term(term) for term in weight.terms])
+
+
+def narrowed_to_one(weight: PerturbedWeight, axis: int) -> PerturbedWeight:
+    """The weight with one entry on an axis along which it is expanded; itself where it is not."""
+    mean = weight.mean_weight
+    if mean.shape[axis] == 1 or mean.stride(axis) != 0:
+        return weight
+    for term in weight.terms:
+        at, ndim = axis + term.per_member, mean.dim() + term.per_member
+        base = term.base
+        if base.dim() and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0)) or any(axis in f.axes for f in term.factors):
+            return weight
+    return take(weight, axis, slice(0, 1))
 
 
 def scaled(weight: PerturbedWeight, values: Tensor, axis: int | None) -> PerturbedWeight:

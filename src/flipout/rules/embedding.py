@@ -17,8 +17,9 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
 from flipout.modes import transformed
 from flipout.registry import rule
-from flipout.rows import NONE, Rows
-from flipout.rules.axes import reshape, take
+from flipout.rows import Rows
+from flipout.rules.axes import broadcast, reshape, take
+from flipout.rules.constants import listed
 from flipout.rules.routed import routed_error
 from flipout.rules.structure import index_basic
 from flipout.weight import Layout, PerturbedWeight, Term, carriers_in, missing_rule, require_data
@@ -43,9 +44,14 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int
     if weight.batch.members is None:
         flat = indices.reshape(-1)
         return lookup(flat, weight.for_tokens(flat.numel()), read, padding_idx).view(*indices.shape, *weight.mean_weight.shape[1:])
-    if weight.batch.known(indices) is NONE and 1 not in indices.shape[:1]:  # positions: a part of the table, which is a weight
-        part = take(weight, 0, indices.flatten())
-        return reshape(part, (*indices.shape, *part.mean_weight.shape[1:]))
+    if weight.batch.constant(indices):  # positions: a part of the table, which is a weight
+        index = indices  # an expanded axis is looked up once
+        for axis, (n, step) in enumerate(zip(indices.shape, indices.stride(), strict=True)):
+            index = index.narrow(axis, 0, 1) if n > 1 and step == 0 else index
+        part = take(weight, 0, index.flatten())
+        part = reshape(part, (*index.shape, *part.mean_weight.shape[1:]))
+        part = listed(part, part.dense()) if index.shape[:1] == (1,) else part
+        return part if index is indices else broadcast(part, (*indices.shape, *part.mean_weight.shape[indices.dim() :]))
     indices, place = weight.where(indices, 0, "a lookup")
     weight, axis = weight.at(place), place.axis
     rows = indices.shape[axis]

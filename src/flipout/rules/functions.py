@@ -19,6 +19,7 @@ from flipout.errors import MissingRuleError
 from flipout.estimators import Independent
 from flipout.registry import otherwise
 from flipout.rows import NONE, Mixed, Rows
+from flipout.rules.constants import is_listed
 from flipout.rules.pointwise import fits
 from flipout.weight import PerturbedWeight, Term, can_loop, loop
 
@@ -37,7 +38,7 @@ def without_rule(operation: Any, args: Any, kwargs: Any, error: Exception) -> An
     if not carriers or not can_loop(operation):
         raise error
     estimator, looped = carriers[0].origin.estimator, carriers[0].origin.fallback == "loop"
-    listed = looped or isinstance(estimator, Independent)
+    listed = looped or isinstance(estimator, Independent) or all(map(is_listed, carriers))
     entrywise = getattr(operation, "__name__", "") in _ENTRYWISE
     if listed and estimator.has_members and all(_is_constant(leaf, carriers, entrywise) for leaf in leaves):
         return of_members(operation, args, kwargs, error)

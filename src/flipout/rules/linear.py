@@ -13,8 +13,9 @@ from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
 from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.rows import Rows
+from flipout.rows import Part, Rows
 from flipout.rules.axes import permute, reshape
+from flipout.rules.constants import is_constant, of_constant
 from flipout.rules.pointwise import add
 from flipout.rules.products import factored_product, mean_product, signed_linear
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
@@ -37,6 +38,12 @@ def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tens
     lead = math.prod(x.shape[: place.axis]) * outer
     each = math.prod(x.shape[place.axis : -1]) // (members * outer) if members else 1
     return x.reshape(lead, members, each, x.shape[-1]), x, weight, place
+
+
+def _of_one_row(x: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    """A vector that is a part of one row, as a matrix of one row; None for any other."""
+    some = weight if isinstance(weight, PerturbedWeight) else bias
+    return some.moved(x, x.unsqueeze(0)) if isinstance(some.batch.known(x), Part) else None
 
 
 def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
@@ -71,7 +78,10 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
 @rule(F.linear, Flipout, LowRank)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     some = weight if isinstance(weight, PerturbedWeight) else bias
     if some.batch.members is None:
         flat, drawn = _token_rows(input, weight, bias)
@@ -140,7 +150,10 @@ def _add_bias(y: Tensor, bias: Any, place: Rows | None = None) -> Tensor:
 @rule(F.linear, Independent)
 def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W_n x_n with every member's matrix in memory."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     x, input, weight, place = _blocks(input, weight, "linear")
@@ -152,7 +165,10 @@ def linear_dense(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 @rule(F.linear, LocalReparameterization)
 def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n ~ N(W̄ x_n, σ² x_n²): Kingma et al. 2015; the paper's Eq. 2."""
-    require_data(F.linear, input)
+    if is_constant(input, weight, bias):
+        return of_constant(F.linear, input, weight, bias)
+    if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
+        return F.linear(row, weight, bias).squeeze(0)
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     if weight.drawn:  # made of vectors, of which every member has its own
@@ -273,6 +289,15 @@ def bmm(input: Any, mat2: Any) -> Tensor:
         matrix = reshape(carrier, carrier.mean_weight.shape[1:])
         if other.shape[0] == 1 == carrier.batch.rows:
             return matmul(matrix, other) if carrier is a else matmul(other, matrix)
+    other = b if carrier is a else a
+    place = carrier.batch.known(other) if carrier.batch.members is not None and not isinstance(other, PerturbedWeight) else None
+    if isinstance(place, Rows) and place.axis == 0 and place.sure:  # each matrix meets one row: its member's own
+        index = carrier.batch.index(place)
+        if index is None:
+            index = torch.arange(carrier.batch.members or 0).repeat_interleave(place.size // (carrier.batch.members or 1))
+        matrices = carrier.dense()[index.to(carrier.device), torch.arange(place.size, device=carrier.device)]
+        operands = autocast(*((matrices, b) if carrier is a else (a, matrices)))
+        return torch.bmm(*operands)
     raise BatchError(
         f"bmm met the stack of matrices {carrier.origin.name!r} {tuple(carrier.mean_weight.shape)}: its leading axis indexes the "
         "stack, so the rows of the batch cannot be told apart (a mixture of experts routes rows this way). Use matmul on [batch, "

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from flipout.estimators import Estimator
 from flipout.registry import rule
+from flipout.rules.constants import listed
 from flipout.rules.per_row import per_row
 from flipout.rules.pointwise import add, mul
 from flipout.weight import PerturbedWeight, require_data
@@ -39,6 +40,27 @@ def _affine_last(y: Tensor, weight: Any, bias: Any) -> Tensor:
     return z.to(y.dtype)
 
 
+def _of_weight(y: Tensor, input: PerturbedWeight, weight: Any, bias: Any) -> PerturbedWeight:
+    """The norm of a table, as a weight: ``y`` holds each member's, ``[N, *shape]``."""
+
+    def of(parameter: Any) -> Any:
+        if not isinstance(parameter, PerturbedWeight):
+            return parameter
+        values = parameter.dense()
+        return values.reshape(values.shape[0], *[1] * (y.dim() - values.dim()), *values.shape[1:])
+
+    y = y if weight is None else y * of(weight)
+    return listed(input, y if bias is None else y + of(bias))
+
+
+@rule((F.dropout, torch.dropout, torch.dropout_), Estimator)
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool | None = None) -> PerturbedWeight:
+    """Entries of a weight are dropped for each member by itself."""
+    if not (training if train is None else train) or not p:
+        return input  # type: ignore[no-any-return]
+    return listed(input, F.dropout(input.dense(), p))
+
+
 def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
     """Gain and bias per channel, axis 1 of y [rows, channels, *positions], in its dtype."""
     dtype = y.dtype
@@ -57,13 +79,15 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
 @rule((F.layer_norm, torch.layer_norm), Estimator)
 def layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
-    require_data(F.layer_norm, input)
+    if isinstance(input, PerturbedWeight):
+        return _of_weight(F.layer_norm(input.dense(), normalized_shape, None, None, eps), input, weight, bias)
     return _affine_last(_followed(input, F.layer_norm(input, normalized_shape, None, None, eps), weight, bias), weight, bias)
 
 
 @rule((F.rms_norm, torch.rms_norm), Estimator)
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
-    require_data(F.rms_norm, input)
+    if isinstance(input, PerturbedWeight):
+        return _of_weight(F.rms_norm(input.dense(), normalized_shape, None, eps), input, weight, None)
     return _affine_last(_followed(input, F.rms_norm(input, normalized_shape, None, eps), weight, None), weight, None)
 
 

@@ -15,12 +15,12 @@ from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast
 from flipout.registry import rule
-from flipout.rows import NONE, Rows
-from flipout.rules.axes import scaled
+from flipout.rows import NONE, Mixed, Part, Rows
+from flipout.rules.axes import broadcast, narrowed_to_one, scaled
 from flipout.rules.per_row import per_row
 from flipout.weight import PerturbedWeight, Term, missing_rule, operation_name, require_data
 
-__all__ = ["fits", "spread"]
+__all__ = ["fits", "on_place", "spread"]
 
 
 def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -36,21 +36,33 @@ def spread(weight: PerturbedWeight, x: Tensor, what: str) -> tuple[Tensor, Tenso
         drawn = weight.for_tokens(lead.numel())
         return x, drawn.dense().view(*lead, *shape)
     place = layout.known(x)
+    if isinstance(place, Part):
+        return x, per_row(weight.at(place.over(0, 1)), 1)[0]
     if not isinstance(place, Rows):
         shared = [i for i, size in enumerate(reversed(shape)) if size != 1]
         x, place = layout.where(x, min(max(shared, default=-1) + 1, max(x.dim() - 1 - layout.dim, 0)), what)
     if x.dim() < len(shape):
         place = place._replace(axis=place.axis + len(shape) - x.dim())
         x = x.reshape(*[1] * (len(shape) - x.dim()), *x.shape)
-    shape = [1] * (x.dim() - len(shape)) + shape
+    return x, on_place(weight, x.dim(), place, what)
+
+
+def on_place(weight: PerturbedWeight, ndim: int, place: Rows, what: str) -> Tensor:
+    """The members' weights, broadcastable to a tensor of ``ndim`` axes whose rows stand at ``place``."""
+    lead = ndim - weight.mean_weight.dim()
+    if lead < 0:
+        raise BatchError(f"{what} has no axis for the rows in {ndim} axes of {weight.origin.name!r} {tuple(weight.mean_weight.shape)}")
+    if place.axis >= lead:
+        weight = narrowed_to_one(weight, place.axis - lead)
+    shape = [1] * lead + list(weight.mean_weight.shape)
     if shape[place.axis] != 1:
         raise BatchError(
-            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of shape "
-            f"{tuple(x.shape)}, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
+            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of {ndim} "
+            f"axes, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
         )
-    values = per_row(weight.at(place), x.shape[place.axis])
+    values = per_row(weight.at(place), place.size)
     del shape[place.axis]
-    return x, values.reshape(values.shape[0], *shape).movedim(0, place.axis)
+    return values.reshape(values.shape[0], *shape).movedim(0, place.axis)
 
 
 def _scalar(value: Any) -> bool:
@@ -61,7 +73,7 @@ def fits(weight: PerturbedWeight, value: Tensor) -> bool:
     """Whether a plain operand belongs to the weight (a mask, a fixed gain): it fits in it and has no axis of rows."""
     own, dim, rows = weight.mean_weight.shape, weight.batch.dim, weight.batch.rows
     fact = weight.batch.known(value)
-    if isinstance(fact, Rows):
+    if isinstance(fact, (Rows, Mixed)) and fact is not NONE:
         return False
     within = value.dim() <= len(own) and all(n in (1, m) for n, m in zip(reversed(value.shape), reversed(own), strict=False))
     if not within or value.dim() <= dim or fact is NONE:
@@ -70,8 +82,29 @@ def fits(weight: PerturbedWeight, value: Tensor) -> bool:
     return own[dim + len(own) - value.dim()] != 1 or value.shape[dim] != rows
 
 
+def _shared(weight: PerturbedWeight, value: Tensor) -> bool:
+    """Whether a plain operand has no rows, so that its sum or product with the weight is a weight again."""
+    return fits(weight, value) or _wide(weight, value)
+
+
+def _wide(weight: PerturbedWeight, value: Tensor) -> bool:
+    """Whether a plain operand is a constant that the weight is broadcast to."""
+    if not weight.batch.constant(value) or weight.batch.members is None:
+        return False
+    own = weight.mean_weight.shape
+    lead = value.dim() - len(own)
+    return lead > 0 or any(m == 1 != n for n, m in zip(reversed(value.shape), reversed(own), strict=False))
+
+
+def _spread_out(weight: PerturbedWeight, value: Any) -> PerturbedWeight:
+    """The weight broadcast with a constant."""
+    shape = torch.broadcast_shapes(weight.mean_weight.shape, value.shape) if isinstance(value, Tensor) else weight.mean_weight.shape
+    return weight if shape == weight.mean_weight.shape else broadcast(weight, shape)
+
+
 def _multiply(weight: PerturbedWeight, value: Any, operation: Any) -> PerturbedWeight:
     """``weight * value`` or ``weight / value`` for a value that all members share."""
+    weight = _spread_out(weight, value)
     return weight.map(lambda tensor: operation(tensor, value))
 
 
@@ -121,7 +154,7 @@ _REFLECTED = {
 def mul(input: Any, other: Any) -> Any:
     a, b = input, other
     weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
-    if _scalar(value) or (not isinstance(value, PerturbedWeight) and fits(weight, value)):
+    if _scalar(value) or (not isinstance(value, PerturbedWeight) and _shared(weight, value)):
         return _multiply(weight, value, torch.mul)
     if (scaled := _scaled_by_number(a, b)) is not None:
         return scaled
@@ -133,9 +166,10 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     a, b = input, other
     if rounding_mode is not None:
         raise missing_rule(torch.div, a if isinstance(a, PerturbedWeight) else b, (a, b), "rounding is not linear")
-    if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or fits(a, b)):
+    if isinstance(a, PerturbedWeight) and not isinstance(b, PerturbedWeight) and (_scalar(b) or _shared(a, b)):
         return _multiply(a, b, torch.div)
-    if _scalar(a):
+    if _scalar(a) or (isinstance(a, Tensor) and not isinstance(a, PerturbedWeight) and _shared(b, a)):
+        b = _spread_out(b, a)
         return b.replace(torch.zeros_like(b.mean_weight), [Term(a / b.dense(), per_member=True)])
     if isinstance(b, PerturbedWeight) and b.mean_weight.numel() == 1 and isinstance(a, PerturbedWeight):
         inverse = b.replace(torch.zeros_like(b.mean_weight), [Term(b.dense().reciprocal(), per_member=True)])
@@ -150,9 +184,10 @@ def _sum(a: Any, b: Any, alpha: float, operation: Any) -> Any:
         other = [term.map(lambda base: base * (sign * alpha)) for term in b.terms]
         return a.replace(operation(a.mean_weight, b.mean_weight, alpha=alpha), [*a.terms, *other])
     weight, value = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
-    if isinstance(value, PerturbedWeight) or not (_scalar(value) or fits(weight, value)):
+    if isinstance(value, PerturbedWeight) or not (_scalar(value) or _shared(weight, value)):
         return _aligned(operation, a, b, alpha=alpha)
-    if weight is a:
+    weight, value_first = _spread_out(weight, value), weight is not a
+    if not value_first:
         mean = weight.mean_weight + value * (sign * alpha)
         terms = weight.terms
     else:
@@ -174,6 +209,44 @@ def sub(input: Any, other: Any, *, alpha: float = 1) -> Any:
 @rule(torch.rsub, Estimator)
 def rsub(input: Any, other: Any, *, alpha: float = 1) -> Any:
     return _sum(other, input, alpha, torch.sub)
+
+
+def _in_place(operation: Any, name: str) -> None:
+    """Registers ``x += w`` and its kin: rows of data take the values of their members in place."""
+
+    def apply(input: Tensor, other: Any, **kwargs: Any) -> Tensor:
+        method = getattr(torch.Tensor, name)
+        if isinstance(input, PerturbedWeight):
+            raise missing_rule(method, input, (input, other), "a weight is not written into")
+        x, values = spread(other, input, operation_name(method))
+        if x is not input or torch.broadcast_shapes(x.shape, values.shape) != x.shape:
+            raise BatchError(
+                f"{operation_name(method)} met a tensor of shape {tuple(input.shape)} that all examples share, and the weight "
+                f"{other.origin.name!r} {tuple(other.mean_weight.shape)}, of which each has its own: expand the tensor to the batch first"
+            )
+        if values.dtype != x.dtype and not other.mean_weight.dim():
+            values = values.to(x.dtype)
+        result: Tensor = operation(input, values, **kwargs)
+        return result
+
+    rule(operation, Estimator)(apply)
+
+
+for _name in ("add", "sub", "mul", "div"):
+    _in_place(getattr(torch.Tensor, f"{_name}_"), f"{_name}_")
+    _in_place(getattr(torch.Tensor, {"div": "__itruediv__"}.get(_name, f"__i{_name}__")), f"{_name}_")
+for _name in ("subtract", "multiply", "divide", "true_divide"):
+    _in_place(getattr(torch.Tensor, f"{_name}_"), f"{_name}_")
+
+
+@rule(torch.Tensor.copy_, Estimator)
+def copy(input: Tensor, src: Any, *_: Any, **__: Any) -> Tensor:
+    """Rows of data become the values of their members."""
+    require_data(torch.Tensor.copy_, input)
+    x, values = spread(src, input, "copy_")
+    if x is not input:
+        raise missing_rule(torch.Tensor.copy_, src, (input, src), "the tensor that it is copied to has no rows")
+    return input.copy_(values)
 
 
 for _reflected, _plain in _REFLECTED.items():
@@ -206,6 +279,38 @@ for _name in ("exp", "log", "tanh", "sigmoid", "relu", "abs", "square", "sqrt", 
     _exact(getattr(torch.Tensor, _name))
 for _function in (torch.Tensor.__pow__, F.softplus, F.relu, F.silu, F.gelu):
     _exact(_function)
+
+
+def _choice(condition: Any, input: Any, other: Any) -> Tensor:
+    """where() of rows of data and of weights, each row with its member's."""
+    operands = (condition, input, other)
+    carriers = [value for value in operands if isinstance(value, PerturbedWeight)]
+    ndim = max(value.dim() for value in operands if isinstance(value, Tensor))
+    places, constant, dim = [], True, carriers[0].batch.dim
+    for value in operands:
+        if isinstance(value, Tensor) and not isinstance(value, PerturbedWeight):
+            fact = carriers[0].batch.known(value)
+            if isinstance(fact, Mixed) and fact is not NONE:
+                carriers[0].where(value, 0, "where")
+            if isinstance(fact, Rows):
+                places.append(fact._replace(axis=fact.axis + ndim - value.dim()))
+            constant = constant and (fact is NONE or not value.dim() or (value.dim() == ndim > dim and value.shape[dim] == 1))
+    if not places and constant and carriers[0].batch.members is not None:  # what all examples share: a weight again
+        values = torch.where(*(_lifted(v.dense(), ndim) if isinstance(v, PerturbedWeight) else v for v in operands))
+        return PerturbedWeight(values.new_zeros(values.shape[1:]), (Term(values, per_member=True),), carriers[0].batch, carriers[0].origin)
+    if not places or carriers[0].batch.members is None or not all(place.same(places[0]) for place in places):
+        raise missing_rule(torch.where, carriers[0], operands, "its other operands have no rows, or in different places")
+    return torch.where(*(on_place(v, ndim, places[0], "where") if isinstance(v, PerturbedWeight) else v for v in operands))
+
+
+@rule(torch.where, Estimator)
+def where(condition: Any, input: Any, other: Any) -> Tensor:
+    return _choice(condition, input, other)
+
+
+@rule(torch.Tensor.where, Estimator)
+def where_of(input: Any, condition: Any, other: Any) -> Tensor:
+    return _choice(condition, input, other)
 
 
 @rule((F.prelu, torch.prelu), Estimator)

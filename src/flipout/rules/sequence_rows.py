@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import LocalReparameterization
-from flipout.rows import Mixed, Rows, ordered
+from flipout.rows import Mixed, Rows, entries, ordered
 from flipout.weight import Layout, PerturbedWeight
 
 __all__ = ["Batch", "Weights", "batch_of", "first_rows", "is_fresh", "on_rows", "place_of", "per_step", "refuse_local", "require_states"]
@@ -123,7 +123,7 @@ def batch_of(
         )
     if layout.rows is not None and rows != layout.rows:
         raise BatchError(f"{what} met {name!r} with a packed batch of {rows} sequences, but the module's own input has {layout.rows} rows")
-    return Batch(rows, layout.index(ordered(fact, fact.order[:rows])))
+    return Batch(rows, layout.index(ordered(fact, entries(fact, x.device)[:rows])))
 
 
 def require_states(state: Tensor, rows: int, carrier: PerturbedWeight, what: str) -> None:

@@ -17,8 +17,9 @@ from flipout.estimators import Estimator
 from flipout.errors import BatchError
 from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Rows
-from flipout.rules.axes import permute, reshape, take
+from flipout.rules.axes import broadcast, permute, reshape, take
 from flipout.rules.per_row import per_row
+from flipout.rules.pointwise import on_place
 from flipout.weight import Factor, PerturbedWeight, Term, missing_rule, require_data
 
 __all__ = ["index_basic"]
@@ -98,25 +99,12 @@ def expand(weight: Any, *shape: Any) -> PerturbedWeight | Tensor:
         plain: Tensor = weight.expand(sizes)
         return plain
     mean = weight.mean_weight.expand(sizes)
-    if mean.numel() > weight.mean_weight.numel():
-        weight.require_drawn("expand(), where entries share one noise")
     lead = mean.dim() - weight.mean_weight.dim()
     own = [1] * lead + list(weight.mean_weight.shape)
     axis = _becomes_rows(weight, own, mean.shape)
     if axis is not None:
         return _on_rows(weight, own, axis).expand(mean.shape)
-
-    def of_term(term: Term) -> Term:
-        base = term.base
-        if term.per_member:
-            base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
-        elif base.dim():
-            base = base.expand(mean.shape)
-        # an axis of size one has one sign, which the expanded axis shares: drop it from the sizes, not from the values
-        factors = tuple(_lifted(f, lead, weight.mean_weight.shape) for f in term.factors)
-        return Term(base, factors, term.per_member)
-
-    return weight.replace(mean, [of_term(term) for term in weight.terms])
+    return broadcast(weight, mean.shape)
 
 
 def _becomes_rows(weight: PerturbedWeight, own: Sequence[int], sizes: Sequence[int]) -> int | None:
@@ -159,11 +147,6 @@ def repeat(weight: PerturbedWeight, *sizes: Any, **named: Any) -> PerturbedWeigh
             index = torch.arange(own[i], device=weight.device).repeat(k)
             repeated = take(repeated, i, index)
     return repeated
-
-
-def _lifted(factor: Factor, lead: int, shape: Sequence[int]) -> Factor:
-    kept = [(axis + lead, size) for axis, size in zip(factor.axes, factor.sizes, strict=True) if shape[axis] != 1]
-    return replace(factor, axes=tuple(axis for axis, _ in kept), sizes=tuple(size for _, size in kept))
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------
@@ -259,7 +242,7 @@ _mapped(torch.Tensor.type_as, torch.Tensor.cpu, torch.Tensor.cuda, torch.neg, to
 
 
 @rule((torch.cat, torch.concat, torch.concatenate), Estimator)
-def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
+def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight | Tensor:
     """Joins whole carriers, and plain weights among them, along an axis.
 
     Each piece's terms become terms of the whole, zero outside the piece.
@@ -268,6 +251,11 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
     ndim = first.mean_weight.dim()
     dim %= ndim
     means = [t.mean_weight if isinstance(t, PerturbedWeight) else t for t in tensors]
+    place = next((fact for t in tensors if not isinstance(t, PerturbedWeight) and isinstance(fact := first.batch.known(t), Rows)), None)
+    if place is not None and place.axis != dim:  # each row is joined with its member's own
+        data = next(t for t in tensors if not isinstance(t, PerturbedWeight))
+        whole = [_expanded_to(t, data, dim, place) if isinstance(t, PerturbedWeight) else t for t in tensors]
+        return torch.cat(whole, dim)
     for piece in tensors:
         if not isinstance(piece, (PerturbedWeight, torch.nn.Parameter)) and _has_rows(piece, first):
             raise missing_rule(
@@ -283,6 +271,15 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight:
             terms += [_padded(term, piece, dim, margins) for term in piece.terms]
         start += size
     return first.replace(mean, terms)
+
+
+def _expanded_to(weight: PerturbedWeight, data: Tensor, dim: int, place: Rows) -> Tensor:
+    """The members' weights in the shape of data whose rows stand at ``place``, but for the axis that is joined."""
+    own = weight.mean_weight
+    if own.dim() != data.dim() or any(n != m and axis != dim for axis, (n, m) in enumerate(zip(own.shape, data.shape, strict=True))):
+        shapes = [tuple(data.shape), tuple(own.shape)]
+        raise missing_rule(torch.cat, weight, (data, weight), f"their shapes {shapes} do not fit: expand the weight to the rows of the batch")
+    return on_place(weight, data.dim(), place, "cat").expand(own.shape)
 
 
 def _has_rows(value: Tensor, weight: PerturbedWeight) -> bool:
