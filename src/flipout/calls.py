@@ -25,6 +25,7 @@ from flipout.errors import BatchError, DrawError, UnmetWarning
 from flipout.following import follow
 from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
+from flipout.sharded import is_sharded
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
 __all__ = ["Call", "Ledger"]
@@ -181,6 +182,12 @@ class Call(TorchFunctionMode):
     def _weight(self, i: int, mean: Tensor) -> Tensor:
         key = (i, torch.is_grad_enabled())
         made = self._weights.get(key)
+        if is_sharded(mean):
+            raise DrawError(
+                f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): tensor "
+                "parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. Perturbed weights "
+                f"are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
+            )
         if made is None or made[0] is not mean:
             if torch.compiler.is_compiling():
                 weight = self.draw.carrier(i, mean, self.layout)

@@ -170,6 +170,8 @@ class Span(Call):
                 rows = count_rows(part, dim, args, kwargs, net.rows if part is net.module else None)
             if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows, None if first is None else getattr(first, "data", first).device)
+            else:
+                draw.require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
                 self.tracker = Tracker(draw.members, draw.owner)

@@ -20,7 +20,7 @@ from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
 from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
-from flipout.select import Selection, Site, check_generator
+from flipout.select import Selection, Site, check_generator, held
 
 __all__ = ["Perturbed"]
 
@@ -155,13 +155,16 @@ class Perturbed(nn.Module):
             return self._run(repeated_draw(self) or draw, rows, args, kwargs)
 
     def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
         if draw is None:
             draw = self._draw(rows, self.generator, args, kwargs)
-        elif draw.owner is None:
-            require_blocks(rows, draw.members, self.batch_dim)
-        elif rows != len(draw.owner):
-            raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
-        compiling = torch.compiler.is_compiling()
+        else:
+            if not compiling:
+                draw.require_standing(self.sites)
+            if draw.owner is None:
+                require_blocks(rows, draw.members, self.batch_dim)
+            elif rows != len(draw.owner):
+                raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
         if not compiling:
             outer_draws(self, draw)
         call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
@@ -330,21 +333,22 @@ class Perturbed(nn.Module):
 
 
 class _Scales(Mapping[str, torch.Tensor]):
-    """The learnable scales by parameter name as they stand now, also where ``functional_call`` has put others in their place."""
+    """The learnable scales by parameter name as they stand now, also where ``functional_call`` or FSDP has put others in their place."""
 
     def __init__(self, scales: nn.ParameterDict) -> None:
-        self._slots = scales._parameters
+        self._owner = scales
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        scale = self._slots[_key(name)]
-        assert scale is not None
+        scale = held(self._owner, _key(name))
+        if scale is None:
+            raise KeyError(name)
         return scale
 
     def __iter__(self) -> Iterator[str]:
-        return (key.replace("/", ".") for key in self._slots)
+        return (key.replace("/", ".") for key in self._owner)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._owner)
 
 
 def _key(name: str) -> str:

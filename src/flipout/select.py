@@ -16,6 +16,7 @@ from flipout.arguments import broadcasts
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
 from flipout.noise import Noise
+from flipout.sharded import in_flat_pieces
 
 __all__ = ["Selection", "Site", "check_generator", "held", "select"]
 
@@ -33,6 +34,7 @@ class Site:
             share its signs.
         names: all its names, one for each of ``slots``.
         padding: the row of a table that is padding in one of its uses, and has no noise in any.
+        shape: of the parameter when it was selected.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Site:
     matrix: str | None = None
     names: tuple[str, ...] = ()
     padding: int | None = None
+    shape: torch.Size = torch.Size()
 
     @property
     def mean(self) -> Tensor:
@@ -135,6 +138,13 @@ def select(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    flat = in_flat_pieces(module)
+    if flat is not None:
+        raise ArgumentError(
+            f"{flat!r} is a FullyShardedDataParallel (FSDP1), whose parameters lie in flat pieces between calls, so that no noise can be "
+            "drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without auto_wrap_policy around "
+            "the wrapper"
+        )
     laws = dict(noise) if isinstance(noise, Mapping) else {"*": noise}
     for pattern, law in laws.items():
         if not isinstance(law, Noise):
@@ -158,7 +168,8 @@ def select(
         parameter = held(*slots[0])
         _require_real(own[0], parameter)
         _require_shape(own[0], chosen, parameter)
-        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own), padding=_padding(slots)))
+        assert parameter is not None
+        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, None, tuple(own), _padding(slots), parameter.shape))
     if not sites:
         raise ArgumentError(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
