@@ -96,6 +96,7 @@ class Call(TorchFunctionMode):
         self._weights: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         self._derived: list[Any] = []
         self._buffers: set[int] | None = None
+        self._unselected: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
         if not torch.compiler.is_compiling():
             self._task = torch._C._current_graph_task_id()
@@ -126,7 +127,7 @@ class Call(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RAW:
+        if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)):
             return func(*args, **kwargs)
         self._carried = False
         given = [self._swap(arg, func) for arg in args]
@@ -154,7 +155,7 @@ class Call(TorchFunctionMode):
                 self._carried = True
                 return value
             fact = self.tracker.find(value)
-            if fact is UNSEEN:
+            if fact is UNSEEN or (type(value) is not Tensor and type(fact) is not int and self._may_be_new(value)):
                 fact = self._classify(value)
             return self._meet(fact, value, func) if type(fact) is int else value
         kind = type(value)
@@ -168,6 +169,8 @@ class Call(TorchFunctionMode):
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
+        if mean.device.type == "meta" and self.draw.has_values:
+            return mean  # a placeholder of what is offloaded, of which no numbers can come
         self._carried = True
         if torch.compiler.is_compiling():
             self.met.add(i)
@@ -211,6 +214,22 @@ class Call(TorchFunctionMode):
         fact = self._fact_of(value)
         self.tracker.note(value, fact)
         return fact
+
+    def _may_be_new(self, value: Tensor) -> bool:
+        """Whether a tensor is a parameter that something (offloading) makes and handles before it puts it into a slot."""
+        return isinstance(value, nn.Parameter) and not torch.compiler.is_compiling() and id(value) not in self._others()
+
+    def _others(self) -> set[int]:
+        """The parameters of the module that are not perturbed."""
+        if self._unselected is None:
+            own = {(id(owner), name) for owner, name, _ in self._slots}
+            self._unselected = {
+                id(parameter)
+                for part in self.module.modules()
+                for name, parameter in part._parameters.items()
+                if parameter is not None and (id(part), name) not in own
+            }
+        return self._unselected
 
     def _fact_of(self, value: Tensor) -> Any:
         for owner, name, i in self._slots:
@@ -280,6 +299,12 @@ class Call(TorchFunctionMode):
                 elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
                     part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
         self._derived.clear()
+
+
+def _to_meta(args: Any, kwargs: Any) -> bool:
+    """Whether a cast gives a placeholder without values, as offloading leaves it in the place of a parameter."""
+    target = args[1] if len(args) > 1 else kwargs.get("device")
+    return (isinstance(target, str) and target == "meta") or (isinstance(target, torch.device) and target.type == "meta")
 
 
 def _has_memory(tensor: Tensor) -> bool:

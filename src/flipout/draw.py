@@ -18,7 +18,7 @@ from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
-from flipout.select import Site, held
+from flipout.select import Site, held, hooks_on
 from flipout.sharded import whole
 from flipout.weight import Origin, PerturbedWeight, Term
 
@@ -109,7 +109,13 @@ class Draw:
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
         """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn, too."""
-        site, sample = self._sites[i], self._samples[i].like(mean)
+        site, sample = self._sites[i], self._samples[i]
+        if mean.device.type == "meta" and sample.unit.device.type != "meta":
+            raise DrawError(
+                f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its part; ask a "
+                "net that is not offloaded, whose draw under the same generator is the same"
+            )
+        sample = sample.like(mean)
         if mean.shape != site.shape:
             raise DrawError(
                 f"the parameter {site.name!r} has shape {tuple(mean.shape)}, and its draw was made for {tuple(site.shape)}: it was replaced "
@@ -120,6 +126,11 @@ class Draw:
             scale = self._log_std.get(site.name)
             if scale is None and site.noise.learnable:
                 raise DrawError(f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there")
+            if scale is not None and scale.device.type == "meta" and mean.device.type != "meta":
+                raise DrawError(
+                    f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as its module "
+                    "was given them (load_state_dict with assign=True), or wrap the module after it has got them"
+                )
             if scale is not None:
                 scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
             base, source = site.noise.sourced(sample.unit, mean, scale, scaled=sample.scaled)
@@ -133,6 +144,11 @@ class Draw:
     def is_one_weight(self) -> bool:
         """Whether all rows see one weight (Shared, a single member): an ordinary tensor, which needs no rule."""
         return isinstance(self.estimator, Shared) or (self.members == 1 and self.estimator.has_members)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether anything was drawn: not for a module without values, on the device meta."""
+        return any(sample.unit.device.type != "meta" for sample in self._samples)
 
     def layout(self, rows: int | None, dim: int) -> Layout:
         """Whose rows are whose in an input with ``rows`` rows on ``dim``."""
@@ -363,11 +379,19 @@ def _drawing_device(
         return target.mean.device
     if device is not None:
         return device
-    hooks = [getattr(owner, "_hf_hook", None) for owner, _ in site.slots]  # accelerate's, which knows where the layer will run
-    runs_on = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    runs_on = offloaded_to(site)
     if runs_on is not None:
-        return torch.device(runs_on)
+        return runs_on
     return target.mean.device if generator is None else generator.device
+
+
+def offloaded_to(site: Site) -> torch.device | None:
+    """Where the part of an offloaded parameter will run, as accelerate's hook on it says; None of any other parameter."""
+    if site.mean.device.type != "meta":
+        return None
+    hooks = [each for owner, _ in site.slots for each in hooks_on(owner)]
+    runs_on = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    return None if runs_on is None else torch.device(runs_on)
 
 
 def _activations(module: nn.Module) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from flipout.calls import Call, Ledger
 from flipout.compiled import run_eagerly
 from flipout.contexts import entered, setting
 from flipout.decay import parameter_groups, watch
-from flipout.draw import Draw
+from flipout.draw import Draw, offloaded_to
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
@@ -95,7 +95,7 @@ class Perturbed(nn.Module):
         self.fallback = fallback
         self.ledger = Ledger(unmet)
         self.log_std = nn.ParameterDict(
-            {_key(site.name): nn.Parameter(site.noise.initial_log_std(site.mean)) for site in sites if site.noise.learnable}
+            {_key(site.name): nn.Parameter(site.noise.initial_log_std(_like(site))) for site in sites if site.noise.learnable}
         )
         self._estimator = estimator
         self._selection = selection
@@ -349,6 +349,12 @@ class _Scales(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._owner)
+
+
+def _like(site: Site) -> Tensor:
+    """What the scale of a parameter is made like: with values where only those of the parameter are elsewhere (offloaded)."""
+    device = offloaded_to(site)
+    return site.mean if device is None else torch.empty((), dtype=site.mean.dtype, device=device).expand(site.mean.shape)
 
 
 def _key(name: str) -> str:

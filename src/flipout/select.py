@@ -18,7 +18,7 @@ from flipout.errors import ArgumentError
 from flipout.noise import Noise
 from flipout.sharded import in_flat_pieces
 
-__all__ = ["Selection", "Site", "check_generator", "held", "select"]
+__all__ = ["Selection", "Site", "check_generator", "held", "hooks_on", "select"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +77,7 @@ class Selection:
     ) -> None:
         kept = (include if isinstance(include, str) else list(include), exclude if isinstance(exclude, str) else list(exclude))
         self._arguments = (module, noise, *kept)
+        self._tied: dict[tuple[nn.Module, str], Any] = {}
         self._look()
 
     def sites(self) -> tuple[Site, ...]:
@@ -90,7 +91,7 @@ class Selection:
         return self._sites
 
     def _look(self) -> None:
-        self._sites = tuple(select(*self._arguments))
+        self._sites = tuple(select(*self._arguments, ties=self._tied))
         self.names = tuple(site.name for site in self._sites)
         modules = list(self._arguments[0].modules())
         self._parts = [(part._modules, tuple(part._modules.items())) for part in modules if part._modules]
@@ -104,7 +105,14 @@ class Selection:
         held_now = [held(*slot) for slot in self._slots]
         self._seen = [None if tensor is None else weakref.ref(tensor) for tensor in held_now]
         first: dict[int, int] = {}
-        return [(first.setdefault(id(t), i), None if t is None else t.shape) for i, t in enumerate(held_now)]
+        keys = [_identity(*slot, tensor, self._tied) for slot, tensor in zip(self._slots, held_now, strict=True)]
+        groups: dict[Any, list[tuple[nn.Module, str]]] = {}
+        for slot, key in zip(self._slots, keys, strict=True):
+            groups.setdefault(key, []).append(slot)
+        self._tied = {slot: ("tied", id(slots[0][0]), slots[0][1]) for slots in groups.values() if len(slots) > 1 for slot in slots}
+        return [
+            (first.setdefault(key, i), None if t is None else t.shape) for i, (key, t) in enumerate(zip(keys, held_now, strict=True))
+        ]
 
     def _stands(self) -> bool:
         for modules, items in self._parts:
@@ -123,13 +131,20 @@ class Selection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._tied = {}
         self._look()
 
 
 def select(
-    module: nn.Module, noise: Noise | Mapping[str, Noise], include: str | Iterable[str], exclude: str | Iterable[str]
+    module: nn.Module,
+    noise: Noise | Mapping[str, Noise],
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    ties: Mapping[tuple[nn.Module, str], Any] | None = None,
 ) -> list[Site]:
     """The parameters that match ``include``, not ``exclude``, and a pattern of ``noise``; the first pattern wins.
+
+    ``ties`` tells of slots that held one parameter before it was offloaded: see :func:`_identity`.
 
     A tied parameter has several names and is selected if any of them matches; it is left out if any is excluded.
 
@@ -149,7 +164,7 @@ def select(
     for pattern, law in laws.items():
         if not isinstance(law, Noise):
             raise ArgumentError(f"the noise for {pattern!r} is {law!r}; expected a flipout noise such as flipout.Gaussian(0.1)")
-    places = _places(module)
+    places = _places(module, ties or {})
     names = [name for found in places.values() for name, _, _ in found]
     included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
     for kind, patterns in {"include": included, "exclude": excluded, "noise": list(laws)}.items():
@@ -212,14 +227,41 @@ def _with_matrices(sites: list[Site]) -> list[Site]:
     return [replace(site, matrix=matrix_of(site)) for site in sites]
 
 
-def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+def _identity(owner: nn.Module, attribute: str, tensor: Tensor | None, ties: Mapping[tuple[nn.Module, str], Any]) -> Any:
+    """What two slots have in common that hold one parameter.
+
+    That is the parameter itself, except while it is offloaded: each of its slots then has a placeholder of its own on the device
+    meta. Those belong together that did before, or whose values lie at one address of accelerate's map of weights.
+    """
+    if tensor is None or tensor.device.type != "meta":
+        return id(tensor)
+    before = ties.get((owner, attribute))
+    if before is not None:
+        return before
+    for each in hooks_on(owner):
+        weights: Any = getattr(each, "weights_map", None)
+        kept = getattr(weights, "dataset", weights)
+        if isinstance(kept, dict):
+            value = kept.get(getattr(weights, "prefix", "") + attribute)
+            if isinstance(value, Tensor):
+                return ("kept", value.data_ptr(), value.shape)
+    return id(tensor)
+
+
+def hooks_on(owner: nn.Module) -> list[Any]:
+    """The hooks that accelerate has put on a part, which bring its parameters and take them away."""
+    hook: Any = getattr(owner, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+def _places(module: nn.Module, ties: Mapping[tuple[nn.Module, str], Any]) -> dict[Any, list[tuple[str, nn.Module, str]]]:
     """Every parameter, by identity, with all its names and owners."""
-    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    places: dict[Any, list[tuple[str, nn.Module, str]]] = {}
     for path, owner in module.named_modules():
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                places.setdefault(id(parameter), []).append((name, owner, attribute))
+                places.setdefault(_identity(owner, attribute, parameter, ties), []).append((name, owner, attribute))
     return places
 
 
@@ -307,7 +349,7 @@ def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) ->
     if not isinstance(generator, torch.Generator):
         raise ArgumentError(f"generator={generator!r}: expected a torch.Generator or None, not a {type(generator).__name__}")
     for site in sites:
-        if generator.device.type != site.mean.device.type:
+        if site.mean.device.type not in (generator.device.type, "meta"):  # meta: offloaded, or not materialised yet
             raise ArgumentError(
                 f"the generator lives on {generator.device}, parameter {site.name!r} on {site.mean.device}; make it with "
                 f"torch.Generator(device={str(site.mean.device)!r})"
