@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from flipout import recompute
@@ -144,6 +148,8 @@ class Call(TorchFunctionMode):
             if not torch.compiler.is_compiling():
                 self._derived.append(weakref.ref(result))
         elif not self._plain:
+            if self._carried and type(result) in (tuple, list) and not torch.compiler.is_compiling():
+                self._derived += [weakref.ref(each) for each in result if type(each) is PerturbedWeight]
             follow(self.tracker, func, given, named, result)
         return result
 
@@ -152,6 +158,7 @@ class Call(TorchFunctionMode):
         if isinstance(value, Tensor):
             if type(value) is PerturbedWeight:
                 self._require_visible(value.origin.name, func)
+                self._require_own(value)
                 self._carried = True
                 return value
             fact = self.tracker.find(value)
@@ -205,6 +212,17 @@ class Call(TorchFunctionMode):
         if self._graded and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and recompute.inside_function():
             raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
 
+    def _require_own(self, weight: PerturbedWeight) -> None:
+        """Raises for a perturbed weight that was kept from a call under another draw."""
+        ref = weight.origin.draw
+        if ref is None or ref() is self.draw or torch.compiler.is_compiling():
+            return
+        if not any(isinstance(mode, Call) and mode.draw is ref() for mode in _get_current_function_mode_stack()):
+            raise DrawError(
+                f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something keeps it "
+                f"(a cache of weights) and would go on with old noise; compute it in each call, or pass exclude={weight.origin.name!r}"
+            )
+
     # --- what a tensor is -------------------------------------------------------------------------------------------------
 
     def _classify(self, value: Tensor) -> Any:
@@ -252,11 +270,15 @@ class Call(TorchFunctionMode):
         if which is None and base is None and inner is value:
             which = self._sharing(value)
         if which is not None:
-            raise DrawError(
-                f"an operation met a view or a copy of the perturbed parameter {self.sites[which].name!r} that was made before the call "
-                "(a cached transpose, .detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside "
-                f"the call, or pass exclude={self.sites[which].name!r}"
-            )
+            raise self._copied(which)
+
+    def _copied(self, i: int) -> DrawError:
+        name = self.sites[i].name
+        return DrawError(
+            f"an operation met a view or a copy of the perturbed parameter {name!r} that was made before the call (a cached transpose, "
+            ".detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside the call, or pass "
+            f"exclude={name!r}"
+        )
 
     def _sharing(self, value: Tensor) -> int | None:
         """The parameter in whose memory a tensor lies."""
@@ -272,7 +294,14 @@ class Call(TorchFunctionMode):
                     self._memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(stretch)
         stretches = self._memory.get(value.untyped_storage().data_ptr(), ())
         start = value.data_ptr() if stretches else 0
-        return next((i for first, last, i in stretches if first <= start < last), None)
+        found = next((i for first, last, i in stretches if first <= start < last), None)
+        if found is not None and not any(
+            i == found and (tensor := held(owner, name)) is not None and _has_memory(tensor) and _lies_in(value, tensor)
+            for owner, name, i in self._slots
+        ):
+            self._memory = None  # the parameter is gone, and its memory is another tensor's
+            return self._sharing(value)
+        return found
 
     def require_rows(self, output: Any) -> None:
         """Raises BatchError where a call returns a perturbed weight itself, which has no rows."""
@@ -290,21 +319,56 @@ class Call(TorchFunctionMode):
 
     def close(self) -> None:
         """Leaves no carrier in the module: hooks that compute a weight (weight_norm, prune) store it as an attribute."""
-        if torch.compiler.is_compiling() or not any(weight() is not None for weight in self._derived):
+        if torch.compiler.is_compiling():
             return
-        for part in self.module.modules():
-            for name, value in part.__dict__.items():
-                if type(value) is PerturbedWeight:
-                    part.__dict__[name] = value.mean_weight
-                elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
-                    part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
+        if self._plain or any(weight() is not None for weight in self._derived):
+            for part in self.module.modules():
+                _compute_again(part)
+                if not self._plain:
+                    _clear(part.__dict__)
         self._derived.clear()
+
+
+def _compute_again(part: nn.Module) -> None:
+    """Has the old-style hooks of a part compute its weights from the means, without another step of a power iteration."""
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            setattr(part, hook.name, hook.compute_weight(part))
+        elif isinstance(hook, SpectralNorm):
+            setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
+        elif isinstance(hook, BasePruningMethod):
+            hook(part, ())
+
+
+def _clear(values: Any) -> Any:
+    """A value without carriers: their means are in their places, in dictionaries and lists in place."""
+    if type(values) is PerturbedWeight:
+        return values.mean_weight
+    if type(values) in (dict, OrderedDict):
+        for key, value in values.items():
+            if type(value) in _HOLDERS and (new := _clear(value)) is not value:
+                values[key] = new
+    elif type(values) is list:
+        for i, value in enumerate(values):
+            if type(value) in _HOLDERS and (new := _clear(value)) is not value:
+                values[i] = new
+    elif type(values) is tuple:
+        new = tuple(_clear(value) if type(value) in _HOLDERS else value for value in values)
+        return values if all(a is b for a, b in zip(new, values, strict=True)) else new
+    return values
+
+
+_HOLDERS = (PerturbedWeight, dict, OrderedDict, list, tuple)
 
 
 def _to_meta(args: Any, kwargs: Any) -> bool:
     """Whether a cast gives a placeholder without values, as offloading leaves it in the place of a parameter."""
     target = args[1] if len(args) > 1 else kwargs.get("device")
     return (isinstance(target, str) and target == "meta") or (isinstance(target, torch.device) and target.type == "meta")
+
+
+def _lies_in(value: Tensor, tensor: Tensor) -> bool:
+    return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def _has_memory(tensor: Tensor) -> bool:

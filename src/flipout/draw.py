@@ -7,6 +7,7 @@ import copy
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
-from flipout.select import Site, held, hooks_on
+from flipout.select import Selection, Site, held, hooks_on
 from flipout.sharded import whole
 from flipout.weight import Origin, PerturbedWeight, Term
 
@@ -50,6 +51,8 @@ class Draw:
         True
     """
 
+    #: What looks up the parameters as the module stands.
+    selection: Selection | None = None
     #: The hooks of a module that is perturbed in place.
     calls: Any = None
 
@@ -169,7 +172,7 @@ class Draw:
                 return last[1]
         site = self._sites[i]
         generator = None if self.estimator.has_members else self._generator
-        origin = Origin(site.name, self.estimator, self._fallback, generator, [])
+        origin = Origin(site.name, self.estimator, self._fallback, generator, [], None if compiling else weakref.ref(self))
         weight = PerturbedWeight(mean, self._terms(i, mean), layout, origin)
         if not compiling and i in self._fixed and self.estimator.has_members:
             self._carriers[i, layout] = (key, weight)
@@ -244,12 +247,18 @@ class Draw:
         Args:
             sites: the selected parameters as the module stands, where they were looked up.
         """
+        if sites is None and self.selection is not None:
+            try:
+                sites = self.selection.sites()
+            except ArgumentError as error:
+                raise DrawError(f"the module has become one that the draw was not made for: {error}") from error
         if sites is self._sites:
             return
         changed = changed_since(self._module, self._sites)
         if changed is None and sites is not None:
             names = {site.name for site in self._sites}
             changed = next((repr(site.name) for site in sites if site.name not in names), None)
+            changed = changed or next((repr(name) for name in names - {site.name for site in sites}), None)
         if changed is not None:
             raise DrawError(
                 f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was replaced, or a "
@@ -365,7 +374,7 @@ def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     operands: list[Any] = [f, [0]]
     axes = sorted(axis for factor in term.factors for axis in factor.axes)
     for factor in term.factors:
-        operands += [factor.flat(mean.dtype).view(-1, *factor.sizes), [0, *(1 + axis for axis in factor.axes)]]
+        operands += [factor.shaped(mean.dtype), [0, *(1 + axis for axis in factor.axes)]]
     total = torch.einsum(*operands, [1 + axis for axis in axes])
     shape = [mean.shape[axis] if axis in axes else 1 for axis in range(mean.dim())]
     return (term.base * total.reshape(shape)).expand(mean.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
+from flipout.select import held
 from flipout.rows import Layout, Rows, Tracker, count_rows, first_batch, require_blocks, rows_dim
 from flipout.weight import operation_name
 
@@ -86,6 +88,7 @@ class LateDraw(Draw):
     def start(self, members: int, device: torch.device | None) -> None:
         net = self._net
         super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
+        self.selection = net._selection
         self.started = True
         self.stays_in_this_thread()
 
@@ -129,6 +132,7 @@ class Span(Call):
         self.depth, self.called = 0, False
         self.thread = threading.get_ident()
         self._handles: list[Any] = []
+        self._copies: dict[int, tuple[Any, int]] = {}
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
     # --- calls of parts ---------------------------------------------------------------------------------------------------
@@ -179,6 +183,7 @@ class Span(Call):
             self.tracker.forget_the_dead()
             self.layout = draw.layout(rows, dim)
             self._weights.clear()
+            self._memory = self._buffers = self._unselected = None
             self._plain = draw.is_one_weight or draw.members is None
             self.learn()
             self.arguments(args, kwargs)
@@ -193,9 +198,26 @@ class Span(Call):
     # --- operations outside of them -------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.depth == 0 and not self.repeats and (_is_upkeep(func) or _inside_optimizer()):
-            return func(*args, **(kwargs or {}))
+        if self.depth == 0 and not self.repeats:
+            if _inside_optimizer():
+                return func(*args, **(kwargs or {}))
+            if _is_upkeep(func):
+                result = func(*args, **(kwargs or {}))
+                if func in _COPIES and type(result) is Tensor and args and result is not args[0]:
+                    self._note_copy(result, args[0])
+                return result
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _note_copy(self, copy: Tensor, original: Any) -> None:
+        i = next((i for owner, name, i in self._slots if held(owner, name) is original), None)
+        if i is not None:
+            self._copies[id(copy)] = (weakref.ref(copy), i)
+
+    def _refuse_copies(self, value: Tensor) -> None:
+        ref, i = self._copies.get(id(value), (None, 0))
+        if ref is not None and ref() is value:
+            raise self._copied(i)
+        super()._refuse_copies(value)
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         if isinstance(self.draw, LateDraw) and not self.draw.started:
@@ -230,7 +252,14 @@ _COPIES = {
     torch.clone,
     torch.detach,
     torch.Tensor.to,
+    torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
     torch.Tensor.cpu,
+    torch.Tensor.cuda,
+    torch._has_compatible_shallow_copy_type,
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
     torch.Tensor.__deepcopy__,
     torch.Tensor.__reduce_ex__,
 }

@@ -100,6 +100,7 @@ class Perturbed(nn.Module):
         self._estimator = estimator
         self._selection = selection
         self._first = selection.names
+        self._checked: Any = sites
         watch(self)
 
     @property
@@ -111,16 +112,23 @@ class Perturbed(nn.Module):
     @property
     def sites(self) -> tuple[Site, ...]:
         """The perturbed parameters, as the module stands."""
-        before = self._selection.names
         sites = self._selection.sites()
-        if self._selection.names is not before:
+        if self._checked is not sites and not torch.compiler.is_compiling():
             self._check_change(sites)
+            self._checked = sites
         return sites
 
     def _check_change(self, sites: Sequence[Site]) -> None:
         """Raises where the module has got parameters that this wrapper has no scales for."""
         _check_estimator(self._estimator, sites)
-        new = [site.name for site in sites if site.noise.learnable and _key(site.name) not in self.log_std]
+        learnable = [site for site in sites if site.noise.learnable]
+        new = [site.name for site in learnable if _key(site.name) not in self.log_std]
+        other = [s.name for s in learnable if s.name not in new and s.shape != getattr(self.scales.get(s.name), "shape", s.shape)]
+        if other:
+            raise ArgumentError(
+                f"{', '.join(map(repr, other))}: the parameter has another shape than when it was wrapped, and its noise has learnable "
+                "scales of the shape it had; wrap the module again"
+            )
         if new:
             raise ArgumentError(
                 f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; wrap the "
@@ -182,7 +190,9 @@ class Perturbed(nn.Module):
     def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
         first = first_batch(args, kwargs or {})
         device = None if first is None else getattr(first, "data", first).device
-        return Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
+        draw = Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
+        draw.selection = self._selection
+        return draw
 
     def _lost(self) -> list[str]:
         """The parameters that were perturbed when the module was wrapped and are no longer in it."""
@@ -295,7 +305,7 @@ class Perturbed(nn.Module):
         return f"{', '.join(laws)}, {self.estimator}, {len(sites)} parameters"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state = {**self.__dict__, "_checked": None}
         if self.generator is not None:  # generators neither pickle nor deepcopy on every supported torch
             state["generator"] = (self.generator.device, self.generator.get_state())
         return state
