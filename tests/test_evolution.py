@@ -86,10 +86,11 @@ def test_the_update_is_the_explicit_sum(estimator, per_base, antithetic, base):
 def test_members_2p_and_2p_plus_1_are_mirrored(estimator):
     module = mlp()
     es = EvolutionStrategy(module, 0.1, 12, estimator=ESTIMATORS[estimator])
+    means = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with es.ask() as members:
         for p in range(6):
             plus, minus = members.weights(2 * p), members.weights(2 * p + 1)
-            for name, mean in module.named_parameters():
+            for name, mean in means.items():
                 torch.testing.assert_close(plus[name] + minus[name], 2 * mean)
                 assert not torch.equal(plus[name], minus[name])
 

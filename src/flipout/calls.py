@@ -8,6 +8,7 @@ found as well.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from flipout import recompute
@@ -131,11 +132,13 @@ class Call(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)):
+        if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)) or (func is _DATA and _flattens()):
             return func(*args, **kwargs)
         self._carried = False
         given = [self._swap(arg, func) for arg in args]
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
+        if self._plain and self._weights and _writes(func, kwargs):
+            self._require_unwritten(func, given, named)
         if self._carried and not self._plain:
             before, AT_HAND.tracker = AT_HAND.tracker, self.tracker
             try:
@@ -212,12 +215,25 @@ class Call(TorchFunctionMode):
         if self._graded and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and recompute.inside_function():
             raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
 
+    def _require_unwritten(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raises where an operation in place would write into a weight that all rows see, and so leave the mean as it is."""
+        written = kwargs.get("out", args[0] if args else next(iter(kwargs.values()), None))
+        if torch.compiler.is_compiling():
+            return
+        for tensor in written if isinstance(written, (tuple, list)) else (written,):
+            if not isinstance(tensor, Tensor) or not _has_memory(tensor):
+                continue
+            for (i, _), (_, weight) in self._weights.items():
+                if _has_memory(weight) and _lies_in(tensor, weight):
+                    raise missing_rule_for(func, self.sites[i].name, self.draw.estimator, args, _WRITTEN)
+
     def _require_own(self, weight: PerturbedWeight) -> None:
         """Raises for a perturbed weight that was kept from a call under another draw."""
         ref = weight.origin.draw
         if ref is None or ref() is self.draw or torch.compiler.is_compiling():
             return
-        if not any(isinstance(mode, Call) and mode.draw is ref() for mode in _get_current_function_mode_stack()):
+        draw = ref()
+        if draw is None or not draw.running:
             raise DrawError(
                 f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something keeps it "
                 f"(a cache of weights) and would go on with old noise; compute it in each call, or pass exclude={weight.origin.name!r}"
@@ -254,6 +270,9 @@ class Call(TorchFunctionMode):
             if held(owner, name) is value:
                 return i
         if isinstance(value, nn.Parameter):
+            which = None if id(value) in self._others() else self._sharing(value)
+            if which is not None:
+                raise self._copied(which)
             return NONE
         self._refuse_copies(value)
         if self._buffers is None:
@@ -267,7 +286,7 @@ class Call(TorchFunctionMode):
             inner = torch._C._functorch.get_unwrapped(inner)
         found = [self.tracker.find(t) for t in (base, inner) if t is not None and t is not value]
         which = next((fact for fact in found if type(fact) is int), None)
-        if which is None and base is None and inner is value:
+        if which is None and inner is value and not value.requires_grad:
             which = self._sharing(value)
         if which is not None:
             raise self._copied(which)
@@ -282,7 +301,7 @@ class Call(TorchFunctionMode):
 
     def _sharing(self, value: Tensor) -> int | None:
         """The parameter in whose memory a tensor lies."""
-        if value.requires_grad or not _has_memory(value):
+        if not _has_memory(value):
             return None
         if self._memory is None:
             self._memory = {}
@@ -390,6 +409,29 @@ _HIDDEN = (
     "it did so inside a torch.autograd.Function, whose own backward would drop the gradient. Reentrant checkpointing is one: pass "
     'use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
 )
+
+_WRITTEN = "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_IN_PLACE: dict[Any, bool] = {torch.Tensor.__setitem__: True, torch.Tensor.data.__set__: True}  # type: ignore[attr-defined]
+
+
+def _writes(func: Any, kwargs: Any) -> bool:
+    """Whether an operation writes into its first operand, or into ``out``."""
+    found = _IN_PLACE.get(func)
+    if found is None:
+        name = getattr(func, "__name__", "")
+        found = _IN_PLACE[func] = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+    return found or ("out" in kwargs and kwargs["out"] is not None)
+
+
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "mod"))
+
+
+def _flattens() -> bool:
+    """Whether ``flatten_parameters`` of a recurrent layer looks at where its parameters lie."""
+    frame = sys._getframe(2)
+    return not torch.compiler.is_compiling() and frame.f_code is nn.RNNBase.flatten_parameters.__code__
+
 
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
 _RAW = METADATA | {

@@ -51,6 +51,8 @@ class Draw:
         True
     """
 
+    #: How many calls are running under it.
+    running = 0
     #: What looks up the parameters as the module stands.
     selection: Selection | None = None
     #: The hooks of a module that is perturbed in place.

@@ -108,13 +108,15 @@ def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
     Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
     """
     span = draw.calls = Span(net, draw)
+    draw.running += 1
     try:
         span.attach()
         with run_eagerly(), span:
             yield
-        if not draw.read or span.called:
+        if span.called or (isinstance(draw, LateDraw) and not draw.read):  # members may also be evaluated elsewhere
             net.ledger.settle(span)
     finally:
+        draw.running -= 1
         draw.calls = None
         span.detach()
         span.close()

@@ -20,7 +20,7 @@ from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
 from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
-from flipout.select import Selection, Site, check_generator, held
+from flipout.select import SCALES, Selection, Site, check_generator, held
 
 __all__ = ["Perturbed"]
 
@@ -80,6 +80,7 @@ class Perturbed(nn.Module):
         sites = selection.sites()
         _check_estimator(estimator, sites)
         check_generator(generator, sites)
+        _refuse_overlap(module, sites)
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ArgumentError(f"batch_dim={batch_dim!r}: expected the index of a dimension, 0 or more")
         if fallback not in (None, "loop"):
@@ -97,6 +98,7 @@ class Perturbed(nn.Module):
         self.log_std = nn.ParameterDict(
             {_key(site.name): nn.Parameter(site.noise.initial_log_std(_like(site))) for site in sites if site.noise.learnable}
         )
+        setattr(self.log_std, SCALES, True)
         self._estimator = estimator
         self._selection = selection
         self._first = selection.names
@@ -121,6 +123,7 @@ class Perturbed(nn.Module):
     def _check_change(self, sites: Sequence[Site]) -> None:
         """Raises where the module has got parameters that this wrapper has no scales for."""
         _check_estimator(self._estimator, sites)
+        _refuse_overlap(self.module, sites)
         learnable = [site for site in sites if site.noise.learnable]
         new = [site.name for site in learnable if _key(site.name) not in self.log_std]
         other = [s.name for s in learnable if s.name not in new and s.shape != getattr(self.scales.get(s.name), "shape", s.shape)]
@@ -177,11 +180,15 @@ class Perturbed(nn.Module):
             outer_draws(self, draw)
         call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
         call.arguments(args, kwargs)
+        if not compiling:
+            draw.running += 1
         try:
             with call:
                 output = self.module(*args, **kwargs)
         finally:
             call.close()
+            if not compiling:
+                draw.running -= 1
         call.require_rows(output)
         if not compiling:
             self.ledger.settle(call, self._lost())
@@ -376,6 +383,21 @@ def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
         raise ArgumentError(f"estimator={estimator!r}: expected an estimator such as flipout.Flipout() or flipout.Shared()")
     for site in sites:
         estimator.check(site.noise, site.name)
+
+
+def _refuse_overlap(module: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises where a wrapper inside the module perturbs some of the same parameters."""
+    if not isinstance(module, nn.Module):
+        return
+    slots = {slot: site.name for site in sites for slot in site.slots}
+    for path, part in module.named_modules():
+        if isinstance(part, Perturbed):
+            both = [slots[slot] for site in part.sites for slot in site.slots if slot in slots]
+            if both:
+                raise ArgumentError(
+                    f"{both[0]!r} and {len(both) - 1} more are perturbed by the Perturbed at {path!r} inside this module already; exclude "
+                    f"them here (exclude={(path + '.*').lstrip('.')!r}), or wrap what is in it (its .module)"
+                )
 
 
 def member_count(members: Any) -> int:

@@ -18,7 +18,7 @@ from flipout.errors import ArgumentError
 from flipout.noise import Noise
 from flipout.sharded import in_flat_pieces
 
-__all__ = ["Selection", "Site", "check_generator", "held", "hooks_on", "select"]
+__all__ = ["SCALES", "Selection", "Site", "check_generator", "held", "hooks_on", "select"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +52,10 @@ class Site:
         parameter = held(*self.slots[0])
         assert parameter is not None
         return parameter
+
+
+#: An attribute that marks the scales of a wrapper, which are parameters of nobody else's.
+SCALES = "_flipout_scales"
 
 
 def held(owner: nn.Module, attribute: str) -> Tensor | None:
@@ -259,7 +263,7 @@ def _places(module: nn.Module, ties: Mapping[tuple[nn.Module, str], Any]) -> dic
     places: dict[Any, list[tuple[str, nn.Module, str]]] = {}
     for path, owner in module.named_modules():
         for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not getattr(owner, SCALES, False):
                 name = f"{path}.{attribute}" if path else attribute
                 places.setdefault(_identity(owner, attribute, parameter, ties), []).append((name, owner, attribute))
     return places
