@@ -50,7 +50,7 @@ def one(noise, mean, std):
 
 def log_ratios(net, prior, count):
     """log q(w) - log p(w) of independent draws w ~ q, by the noise's own sampler and density."""
-    (site,) = net._sites
+    (site,) = net.sites
     mean = site.mean.detach()
     shape = torch.Size([count, *mean.shape])
     unit = site.noise.unit(shape, generator=torch.Generator().manual_seed(1), dtype=mean.dtype, device=mean.device)

@@ -444,6 +444,8 @@ _RAW = METADATA | {
     torch.Tensor.untyped_storage,
     torch.Tensor.is_shared,
     torch.Tensor.__repr__,
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._typed_storage,
     torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]
     getattr(torch, "_cudnn_rnn_flatten_weight", None),
 }

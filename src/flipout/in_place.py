@@ -141,8 +141,8 @@ class Span(Call):
 
     def attach(self) -> None:
         for part in self.module.modules():
-            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
+            self._handles.append(part.register_forward_pre_hook(_Hook(self.enter), with_kwargs=True, prepend=True))
+            self._handles.append(part.register_forward_hook(_Hook(self.leave), always_call=True))
 
     def detach(self) -> None:
         handles, self._handles = self._handles, []
@@ -228,6 +228,30 @@ class Span(Call):
                 "rows there are; call the module first, or pass perturbed(..., members=N)"
             )
         return super()._meet(i, mean, func)
+
+
+class _Hook:
+    """A hook of a context, of which copies of the module keep nothing that does anything."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copy."""
+
+
+def _no_hook() -> Any:
+    return _nothing
 
 
 def _is_upkeep(func: Any) -> bool:

@@ -136,7 +136,10 @@ class Selection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._tied = {}
-        self._look()
+        try:
+            self._look()
+        except AttributeError:  # the module is being rebuilt, and is looked at when it stands
+            self.names, self._slots, self._parts, self._names = (), [], [({}, (("", None),))], []
 
 
 def select(
