@@ -87,6 +87,7 @@ def test_members_2p_and_2p_plus_1_are_mirrored(estimator):
     module = mlp()
     means = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     es = EvolutionStrategy(module, 0.1, 12, estimator=ESTIMATORS[estimator])
+    means = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with es.ask() as members:
         for p in range(6):
             plus, minus = members.weights(2 * p), members.weights(2 * p + 1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import flipout
-from flipout.select import select
+from flipout.select import check_generator, select
 
 
 class Net(nn.Module):
@@ -174,9 +176,10 @@ def test_a_generator_is_a_generator(generator: object) -> None:
 
 
 def test_a_generator_lives_where_the_parameters_do() -> None:
-    refuses(
-        "the generator lives on cpu, parameter 'weight' on meta", module=nn.Linear(2, 2, device="meta"), generator=torch.Generator()
-    )
+    there: Any = SimpleNamespace(name="weight", mean=SimpleNamespace(device=torch.device("cuda", 0)))
+    with pytest.raises(flipout.ArgumentError, match="the generator lives on cpu, parameter 'weight' on cuda:0"):
+        check_generator(torch.Generator(), [there])
+    flipout.Perturbed(nn.Linear(2, 2, device="meta"), flipout.Gaussian(0.1), generator=torch.Generator())  # offloaded
 
 
 @pytest.mark.parametrize("std", [-0.1, 0.0, math.nan, math.inf])

@@ -8,14 +8,19 @@ found as well.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +30,7 @@ from flipout.errors import BatchError, DrawError, UnmetWarning
 from flipout.following import follow
 from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
+from flipout.sharded import is_sharded
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
 __all__ = ["Call", "Ledger"]
@@ -97,6 +103,7 @@ class Call(TorchFunctionMode):
         self._weights: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         self._derived: list[Any] = []
         self._buffers: set[int] | None = None
+        self._unselected: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
         if not self._tracing:
             self._task = torch._C._current_graph_task_id()
@@ -129,15 +136,15 @@ class Call(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RAW:
+        if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)) or (func is _DATA and _flattens()):
             return func(*args, **kwargs)
         self._carried = False
         given = tuple([self._swap(arg, func) for arg in args])
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
-        if not self._carried:
+        if self._plain and self._weights and _writes(func, kwargs):
+            self._require_unwritten(func, given, named)
+        if not self._carried or self.draw.is_one_weight:
             result = func(*given, **named)
-        elif self.draw.is_one_weight:
-            return func(*given, **named)
         else:
             before, AT_HAND.tracker = AT_HAND.tracker, self.tracker
             try:
@@ -148,6 +155,8 @@ class Call(TorchFunctionMode):
             if not self._tracing:
                 self._derived.append(weakref.ref(result))
         elif not self._plain:
+            if self._carried and type(result) in (tuple, list) and not torch.compiler.is_compiling():
+                self._derived += [weakref.ref(each) for each in result if type(each) is PerturbedWeight]
             follow(self.tracker, func, given, named, result)
         return result
 
@@ -156,10 +165,11 @@ class Call(TorchFunctionMode):
         if isinstance(value, Tensor):
             if type(value) is PerturbedWeight:
                 self._require_visible(value.origin.name, func)
+                self._require_own(value)
                 self._carried = True
                 return value
             fact = self.tracker.find(value)
-            if fact is UNSEEN:
+            if fact is UNSEEN or (type(value) is not Tensor and type(fact) is not int and self._may_be_new(value)):
                 fact = self._classify(value)
             return self._meet(fact, value, func) if type(fact) is int else value
         kind = type(value)
@@ -173,6 +183,8 @@ class Call(TorchFunctionMode):
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
+        if mean.device.type == "meta" and self.draw.has_values:
+            return mean  # a placeholder of what is offloaded, of which no numbers can come
         self._carried = True
         if self._tracing:
             self.met.add(i)
@@ -187,6 +199,12 @@ class Call(TorchFunctionMode):
     def _weight(self, i: int, mean: Tensor) -> Tensor:
         key = (i, torch.is_grad_enabled())
         made = self._weights.get(key)
+        if is_sharded(mean):
+            raise DrawError(
+                f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): tensor "
+                "parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. Perturbed weights "
+                f"are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
+            )
         if made is None or made[0] is not mean:
             if self._tracing or self.regions.none:
                 weight = self.draw.carrier(i, mean, self.layout)
@@ -201,6 +219,30 @@ class Call(TorchFunctionMode):
         if self._graded and not torch.is_grad_enabled() and not self._tracing and recompute.inside_function():
             raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
 
+    def _require_unwritten(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raises where an operation in place would write into a weight that all rows see, and so leave the mean as it is."""
+        written = kwargs.get("out", args[0] if args else next(iter(kwargs.values()), None))
+        if torch.compiler.is_compiling():
+            return
+        for tensor in written if isinstance(written, (tuple, list)) else (written,):
+            if not isinstance(tensor, Tensor) or not _has_memory(tensor):
+                continue
+            for (i, _), (_, weight) in self._weights.items():
+                if _has_memory(weight) and _lies_in(tensor, weight):
+                    raise missing_rule_for(func, self.sites[i].name, self.draw.estimator, args, _WRITTEN)
+
+    def _require_own(self, weight: PerturbedWeight) -> None:
+        """Raises for a perturbed weight that was kept from a call under another draw."""
+        ref = weight.origin.draw
+        if ref is None or ref() is self.draw or torch.compiler.is_compiling():
+            return
+        draw = ref()
+        if draw is None or not draw.running:
+            raise DrawError(
+                f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something keeps it "
+                f"(a cache of weights) and would go on with old noise; compute it in each call, or pass exclude={weight.origin.name!r}"
+            )
+
     # --- what a tensor is -------------------------------------------------------------------------------------------------
 
     def _classify(self, value: Tensor) -> Any:
@@ -211,11 +253,30 @@ class Call(TorchFunctionMode):
         self.tracker.note(value, fact)
         return fact
 
+    def _may_be_new(self, value: Tensor) -> bool:
+        """Whether a tensor is a parameter that something (offloading) makes and handles before it puts it into a slot."""
+        return isinstance(value, nn.Parameter) and not torch.compiler.is_compiling() and id(value) not in self._others()
+
+    def _others(self) -> set[int]:
+        """The parameters of the module that are not perturbed."""
+        if self._unselected is None:
+            own = {(id(owner), name) for owner, name, _ in self._slots}
+            self._unselected = {
+                id(parameter)
+                for part in self.module.modules()
+                for name, parameter in part._parameters.items()
+                if parameter is not None and (id(part), name) not in own
+            }
+        return self._unselected
+
     def _fact_of(self, value: Tensor) -> Any:
         for owner, name, i in self._slots:
             if held(owner, name) is value:
                 return i
         if isinstance(value, nn.Parameter):
+            which = None if id(value) in self._others() else self._sharing(value)
+            if which is not None:
+                raise self._copied(which)
             return NONE
         self._refuse_copies(value)
         if self._buffers is None:
@@ -229,18 +290,22 @@ class Call(TorchFunctionMode):
             inner = torch._C._functorch.get_unwrapped(inner)
         found = [self.tracker.find(t) for t in (base, inner) if t is not None and t is not value]
         which = next((fact for fact in found if type(fact) is int), None)
-        if which is None and base is None and inner is value:
+        if which is None and inner is value and not value.requires_grad:
             which = self._sharing(value)
         if which is not None:
-            raise DrawError(
-                f"an operation met a view or a copy of the perturbed parameter {self.sites[which].name!r} that was made before the call "
-                "(a cached transpose, .detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside "
-                f"the call, or pass exclude={self.sites[which].name!r}"
-            )
+            raise self._copied(which)
+
+    def _copied(self, i: int) -> DrawError:
+        name = self.sites[i].name
+        return DrawError(
+            f"an operation met a view or a copy of the perturbed parameter {name!r} that was made before the call (a cached transpose, "
+            ".detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside the call, or pass "
+            f"exclude={name!r}"
+        )
 
     def _sharing(self, value: Tensor) -> int | None:
         """The parameter in whose memory a tensor lies."""
-        if value.requires_grad or not _has_memory(value):
+        if not _has_memory(value):
             return None
         if self._memory is None:
             self._memory = {}
@@ -252,7 +317,14 @@ class Call(TorchFunctionMode):
                     self._memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(stretch)
         stretches = self._memory.get(value.untyped_storage().data_ptr(), ())
         start = value.data_ptr() if stretches else 0
-        return next((i for first, last, i in stretches if first <= start < last), None)
+        found = next((i for first, last, i in stretches if first <= start < last), None)
+        if found is not None and not any(
+            i == found and (tensor := held(owner, name)) is not None and _has_memory(tensor) and _lies_in(value, tensor)
+            for owner, name, i in self._slots
+        ):
+            self._memory = None  # the parameter is gone, and its memory is another tensor's
+            return self._sharing(value)
+        return found
 
     def require_rows(self, output: Any) -> None:
         """Raises BatchError where a call returns a perturbed weight itself, which has no rows."""
@@ -270,19 +342,60 @@ class Call(TorchFunctionMode):
 
     def close(self) -> None:
         """Leaves no carrier in the module: hooks that compute a weight (weight_norm, prune) store it as an attribute."""
-        if not self._derived or not any(weight() is not None for weight in self._derived):
+        if self._tracing:
             return
-        for part in self.module.modules():
-            for name, value in part.__dict__.items():
-                if type(value) is PerturbedWeight:
-                    part.__dict__[name] = value.mean_weight
-                elif type(value) is list and any(type(item) is PerturbedWeight for item in value):
-                    part.__dict__[name] = [v.mean_weight if type(v) is PerturbedWeight else v for v in value]
+        if self._plain or any(weight() is not None for weight in self._derived):
+            for part in self.module.modules():
+                _compute_again(part)
+                if not self._plain:
+                    _clear(part.__dict__)
         self._derived.clear()
 
 
 def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, PackedSequence)
+
+
+def _compute_again(part: nn.Module) -> None:
+    """Has the old-style hooks of a part compute its weights from the means, without another step of a power iteration."""
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            setattr(part, hook.name, hook.compute_weight(part))
+        elif isinstance(hook, SpectralNorm):
+            setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
+        elif isinstance(hook, BasePruningMethod):
+            hook(part, ())
+
+
+def _clear(values: Any) -> Any:
+    """A value without carriers: their means are in their places, in dictionaries and lists in place."""
+    if type(values) is PerturbedWeight:
+        return values.mean_weight
+    if type(values) in (dict, OrderedDict):
+        for key, value in values.items():
+            if type(value) in _HOLDERS and (new := _clear(value)) is not value:
+                values[key] = new
+    elif type(values) is list:
+        for i, value in enumerate(values):
+            if type(value) in _HOLDERS and (new := _clear(value)) is not value:
+                values[i] = new
+    elif type(values) is tuple:
+        new = tuple(_clear(value) if type(value) in _HOLDERS else value for value in values)
+        return values if all(a is b for a, b in zip(new, values, strict=True)) else new
+    return values
+
+
+_HOLDERS = (PerturbedWeight, dict, OrderedDict, list, tuple)
+
+
+def _to_meta(args: Any, kwargs: Any) -> bool:
+    """Whether a cast gives a placeholder without values, as offloading leaves it in the place of a parameter."""
+    target = args[1] if len(args) > 1 else kwargs.get("device")
+    return (isinstance(target, str) and target == "meta") or (isinstance(target, torch.device) and target.type == "meta")
+
+
+def _lies_in(value: Tensor, tensor: Tensor) -> bool:
+    return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -305,6 +418,29 @@ _HIDDEN = (
     'use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
 )
 
+_WRITTEN = "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_IN_PLACE: dict[Any, bool] = {torch.Tensor.__setitem__: True, torch.Tensor.data.__set__: True}  # type: ignore[attr-defined]
+
+
+def _writes(func: Any, kwargs: Any) -> bool:
+    """Whether an operation writes into its first operand, or into ``out``."""
+    found = _IN_PLACE.get(func)
+    if found is None:
+        name = getattr(func, "__name__", "")
+        found = _IN_PLACE[func] = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
+    return found or ("out" in kwargs and kwargs["out"] is not None)
+
+
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "mod"))
+
+
+def _flattens() -> bool:
+    """Whether ``flatten_parameters`` of a recurrent layer looks at where its parameters lie."""
+    frame = sys._getframe(2)
+    return not torch.compiler.is_compiling() and frame.f_code is nn.RNNBase.flatten_parameters.__code__
+
+
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
 _RAW = METADATA | {
     torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
@@ -316,6 +452,8 @@ _RAW = METADATA | {
     torch.Tensor.untyped_storage,
     torch.Tensor.is_shared,
     torch.Tensor.__repr__,
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._typed_storage,
     torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]
     getattr(torch, "_cudnn_rnn_flatten_weight", None),
 }

@@ -7,6 +7,7 @@ import copy
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
-from flipout.select import Site
+from flipout.select import Selection, Site, held, hooks_on
+from flipout.sharded import whole
 from flipout.weight import Origin, PerturbedWeight, Term
 
 __all__ = ["Draw"]
@@ -49,6 +51,10 @@ class Draw:
         True
     """
 
+    #: How many calls are running under it.
+    running = 0
+    #: What looks up the parameters as the module stands.
+    selection: Selection | None = None
     #: The hooks of a module that is perturbed in place.
     calls: Any = None
 
@@ -110,15 +116,41 @@ class Draw:
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
         """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn, too."""
-        site, sample = self._sites[i], self._samples[i].like(mean)
+        site, sample = self._sites[i], self._samples[i]
+        if mean.device.type == "meta" and sample.unit.device.type != "meta":
+            raise DrawError(
+                f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its part; ask a "
+                "net that is not offloaded, whose draw under the same generator is the same"
+            )
+        sample = sample.like(mean)
+        if mean.shape != site.shape:
+            raise DrawError(
+                f"the parameter {site.name!r} has shape {tuple(mean.shape)}, and its draw was made for {tuple(site.shape)}: it was replaced "
+                "since, or FSDP1 had it in pieces when the draw was made (make the draw inside the call, or use fully_shard)"
+            )
         base, source = self._fixed.get(i), None
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
-            base, source = site.noise.sourced(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
+            scale = self._log_std.get(site.name)
+            if scale is None and site.noise.learnable:
+                raise DrawError(f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there")
+            if scale is not None and scale.device.type == "meta" and mean.device.type != "meta":
+                raise DrawError(
+                    f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as its module "
+                    "was given them (load_state_dict with assign=True), or wrap the module after it has got them"
+                )
+            if scale is not None:
+                scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
+            base, source = site.noise.sourced(sample.unit, mean, scale, scaled=sample.scaled)
             if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
                 self._fixed[i] = base  # depends on nothing that moves
         if torch.compiler.is_compiling():  # which differentiates what the rules compose
             source = None
         return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
+
+    @property
+    def has_values(self) -> bool:
+        """Whether anything was drawn: not for a module without values, on the device meta."""
+        return any(sample.unit.device.type != "meta" for sample in self._samples)
 
     def layout(self, rows: int | None, dim: int) -> Layout:
         """Whose rows are whose in an input with ``rows`` rows on ``dim``."""
@@ -136,7 +168,9 @@ class Draw:
             return _only(mean, self._terms(i, mean))
         site = self._sites[i]
         generator = None if self.estimator.has_members else self._generator
-        origin = Origin(site.name, self.estimator, self._fallback, generator, [])
+        origin = Origin(
+            site.name, self.estimator, self._fallback, generator, [], None if torch.compiler.is_compiling() else weakref.ref(self)
+        )
         weight = PerturbedWeight(mean, self._terms(i, mean), layout, origin)
         if i in self._fixed and self.estimator.has_members:  # it reads the mean in place, but copied its metadata
             self._carriers[i, layout] = (mean, (mean.dtype, mean.device, mean.requires_grad), weight)
@@ -150,12 +184,15 @@ class Draw:
     def weights(self, n: int) -> dict[str, Tensor]:
         """Member ``n``'s dense weights by parameter name, differentiable in the means and scales.
 
+        Sharded parameters (FSDP2) are gathered, so every process must ask.
+
         Args:
             n: member index, 0 to ``members - 1``.
 
         Raises:
             MemberError: if ``n`` lies outside the draw.
-            DrawError: if the estimator gives members no weights (LocalReparameterization, signs per token).
+            DrawError: if the estimator gives members no weights (LocalReparameterization, signs per token), or the module has
+                changed since the draw was made: a part or a tie is another.
 
         Example:
             >>> import torch, flipout
@@ -165,8 +202,9 @@ class Draw:
             (['bias', 'weight'], torch.Size([2, 3]))
         """
         n = self._index(n)
+        self.require_standing()
         with _UNMODED():
-            return {site.name: self._weight(i, site.mean, n) for i, site in enumerate(self._sites)}
+            return {site.name: self._weight(i, whole(site.mean), n) for i, site in enumerate(self._sites)}
 
     def _weight(self, i: int, mean: Tensor, n: int) -> Tensor:
         terms = self._terms(i, mean)
@@ -178,16 +216,52 @@ class Draw:
         """A plain copy of the module with member ``n``'s weights: no trace of flipout is left in it.
 
         Raises:
-            MemberError, DrawError: as :meth:`weights`.
+            MemberError, DrawError: as :meth:`weights`; DrawError for a module that cannot be copied, such as one that FSDP shards.
         """
+        self._index(n)
+        self.require_standing()
         hooks = contextlib.nullcontext() if self.calls is None else self.calls.lifted()
         with torch.no_grad(), hooks, _UNMODED():  # hooks would be copied along
-            weights = self.weights(n)
-            plain = copy.deepcopy(self._module, _activations(self._module))
+            try:
+                plain = copy.deepcopy(self._module, _activations(self._module))
+            except Exception as error:
+                raise DrawError(
+                    f"{type(self._module).__name__} cannot be copied ({type(error).__name__}: {error}); take draw.weights({n}), for "
+                    "torch.func.functional_call or a module that you build"
+                ) from error
             parameters = dict(plain.named_parameters(remove_duplicate=False))
-            for name, weight in weights.items():
+            for name, weight in self.weights(n).items():
+                if name not in parameters or parameters[name].device.type == "meta":
+                    raise DrawError(
+                        f"a copy of {type(self._module).__name__} has no memory for {name!r}, which hooks bring and take away around "
+                        f"its calls; take draw.weights({n}) in a call, or a module that is not offloaded"
+                    )
                 parameters[name].copy_(weight)
         return plain
+
+    def require_standing(self, sites: Sequence[Site] | None = None) -> None:
+        """Raises DrawError where the module has changed so that the draw is no longer one of its parameters.
+
+        Args:
+            sites: the selected parameters as the module stands, where they were looked up.
+        """
+        if sites is None and self.selection is not None:
+            try:
+                sites = self.selection.sites()
+            except ArgumentError as error:
+                raise DrawError(f"the module has become one that the draw was not made for: {error}") from error
+        if sites is self._sites:
+            return
+        changed = changed_since(self._module, self._sites)
+        if changed is None and sites is not None:
+            names = {site.name for site in self._sites}
+            changed = next((repr(site.name) for site in sites if site.name not in names), None)
+            changed = changed or next((repr(name) for name in names - {site.name for site in sites}), None)
+        if changed is not None:
+            raise DrawError(
+                f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was replaced, or a "
+                "tie made or cut since; make another draw"
+            )
 
     def resample(self, members: Sequence[int]) -> None:
         """Draws the given members afresh; the others keep their weights, and members go on sharing what they share.
@@ -204,6 +278,7 @@ class Draw:
             raise ArgumentError(f"resample({list(members)}): each member once")
         if not wanted:
             return
+        self.require_standing()
         with _UNMODED():
             self._samples = self._padded(self.estimator.resample(self._targets(), self._samples, wanted, self._generator))
         self._fixed.clear()
@@ -228,8 +303,9 @@ class Draw:
         if not isinstance(f, Tensor) or f.shape != (self.members,):
             found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise ArgumentError(f"weighted_sum takes one weight for each of {self.members} members, got {found}")
+        self.require_standing()
         with _UNMODED():
-            return {site.name: self._sum(i, site.mean, f) for i, site in enumerate(self._sites)}
+            return {site.name: self._sum(i, whole(site.mean), f) for i, site in enumerate(self._sites)}
 
     def _sum(self, i: int, mean: Tensor, f: Tensor) -> Tensor:
         weights = f.to(dtype=mean.dtype, device=mean.device)
@@ -267,6 +343,20 @@ class Draw:
         return f"Draw(members={self.members}, estimator={self.estimator}, parameters={[s.name for s in self._sites]})"
 
 
+def changed_since(module: nn.Module, sites: Sequence[Site]) -> str | None:
+    """The name of a parameter that is no longer where it was selected, has another shape, or is tied to others than then."""
+    paths = dict(module.named_modules(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for site in sites:
+        for name, (owner, attribute) in zip(site.names, site.slots, strict=True):
+            tensor = held(owner, attribute)
+            here = paths.get(name.rpartition(".")[0]) is owner and tensor is not None and tensor.shape == site.shape
+            alone = tensor is not None and (tensor.device.type == "meta" or seen.setdefault(id(tensor), site.name) == site.name)
+            if not here or not alone or (tensor is not site.mean and tensor.device.type != "meta"):
+                return repr(name)
+    return None
+
+
 def _only(mean: Tensor, terms: Sequence[Term]) -> Tensor:
     """The weight of a single member."""
     for term in terms:
@@ -282,7 +372,7 @@ def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     operands: list[Any] = [f, [0]]
     axes = sorted(axis for factor in term.factors for axis in factor.axes)
     for factor in term.factors:
-        operands += [factor.flat(mean.dtype).view(-1, *factor.sizes), [0, *(1 + axis for axis in factor.axes)]]
+        operands += [factor.shaped(mean.dtype), [0, *(1 + axis for axis in factor.axes)]]
     total = torch.einsum(*operands, [1 + axis for axis in axes])
     shape = [mean.shape[axis] if axis in axes else 1 for axis in range(mean.dim())]
     return (term.base * total.reshape(shape)).expand(mean.shape)
@@ -296,11 +386,19 @@ def _drawing_device(
         return target.mean.device
     if device is not None:
         return device
-    hooks = [getattr(owner, "_hf_hook", None) for owner, _ in site.slots]  # accelerate's, which knows where the layer will run
-    runs_on = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    runs_on = offloaded_to(site)
     if runs_on is not None:
-        return torch.device(runs_on)
+        return runs_on
     return target.mean.device if generator is None else generator.device
+
+
+def offloaded_to(site: Site) -> torch.device | None:
+    """Where the part of an offloaded parameter will run, as accelerate's hook on it says; None of any other parameter."""
+    if site.mean.device.type != "meta":
+        return None
+    hooks = [each for owner, _ in site.slots for each in hooks_on(owner)]
+    runs_on = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    return None if runs_on is None else torch.device(runs_on)
 
 
 def _activations(module: nn.Module) -> dict[int, Tensor]:

@@ -166,6 +166,17 @@ def _elementwise(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     return _joined(tracker, [_aligned(_of(tracker, x), x, ndim) for x in _operands(args, kwargs)])
 
 
+def _broadcast(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """The data stand where they stood; a weight that met data has got their rows."""
+    tensors = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
+    facts = [_aligned(_of(tracker, x), x, result[0].dim()) for x in tensors]
+    rows = _joined(tracker, facts)
+    return [
+        rows if type(x) is PerturbedWeight or (isinstance(rows, Rows) and fact is NONE) else fact
+        for x, fact in zip(tensors, facts, strict=True)
+    ]
+
+
 def _first(tracker: Tracker, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
     x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
     return x, _of(tracker, x)
@@ -1111,6 +1122,7 @@ _register(_recurrent, "lstm gru rnn_tanh rnn_relu")
 _register(_cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 _register(_packed, "_pack_padded_sequence")
 _register(_unpacked, "_pad_packed_sequence")
+_HANDLERS[torch.functional.broadcast_tensors] = _broadcast
 _register(_constant, "arange linspace logspace eye tril_indices triu_indices")
 _HANDLERS[torch.Tensor.__getitem__] = _indexed
 _HANDLERS[torch.Tensor.__setitem__] = _set_item

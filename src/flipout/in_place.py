@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
+from flipout.select import held
 from flipout.rows import Layout, Rows, Tracker, count_rows, first_batch, require_blocks, rows_dim
 from flipout.weight import operation_name
 
@@ -86,6 +88,7 @@ class LateDraw(Draw):
     def start(self, members: int, device: torch.device | None) -> None:
         net = self._net
         super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
+        self.selection = net._selection
         self.started = True
         self.stays_in_this_thread()
 
@@ -99,19 +102,21 @@ class LateDraw(Draw):
 
 
 @contextmanager
-def in_place(net: Perturbed, draw: Draw, must_be_used: bool = True) -> Iterator[None]:
+def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
     """Perturbs ``net.module`` by a draw of it, for the operations of this thread inside the context.
 
-    With ``must_be_used`` a context in which no operation meets a weight raises, even if the module was not called. Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
+    Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
     """
     span = draw.calls = Span(net, draw)
+    draw.running += 1
     try:
         span.attach()
         with run_eagerly(), span:
             yield
-        if not draw.read and (span.called or must_be_used):
+        if not draw.read and (span.called or isinstance(draw, LateDraw)):  # members may also be evaluated elsewhere
             net.ledger.settle(span)
     finally:
+        draw.running -= 1
         draw.calls = None
         span.detach()
         span.close()
@@ -129,14 +134,15 @@ class Span(Call):
         self.depth, self.called = 0, False
         self.thread = threading.get_ident()
         self._handles: list[Any] = []
+        self._copies: dict[int, tuple[Any, int]] = {}
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
     # --- calls of parts ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         for part in self.module.modules():
-            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
+            self._handles.append(part.register_forward_pre_hook(_Hook(self.enter), with_kwargs=True, prepend=True))
+            self._handles.append(part.register_forward_hook(_Hook(self.leave), always_call=True))
 
     def detach(self) -> None:
         handles, self._handles = self._handles, []
@@ -170,6 +176,8 @@ class Span(Call):
                 rows = count_rows(part, dim, args, kwargs, net.rows if part is net.module else None)
             if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows, None if first is None else getattr(first, "data", first).device)
+            else:
+                draw.require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
                 self.tracker = Tracker(draw.members, draw.owner)
@@ -177,6 +185,7 @@ class Span(Call):
             self.tracker.forget_the_dead()
             self.layout = draw.layout(rows, dim)
             self._weights.clear()
+            self._memory = self._buffers = self._unselected = None
             self._plain = draw.is_one_weight or draw.members is None
             self.learn()
             self.arguments(args, kwargs)
@@ -191,9 +200,26 @@ class Span(Call):
     # --- operations outside of them -------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.depth == 0 and not self.repeats and (_is_upkeep(func) or _inside_optimizer()):
-            return func(*args, **(kwargs or {}))
+        if self.depth == 0 and not self.repeats:
+            if _inside_optimizer():
+                return func(*args, **(kwargs or {}))
+            if _is_upkeep(func):
+                result = func(*args, **(kwargs or {}))
+                if func in _COPIES and type(result) is Tensor and args and result is not args[0]:
+                    self._note_copy(result, args[0])
+                return result
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _note_copy(self, copy: Tensor, original: Any) -> None:
+        i = next((i for owner, name, i in self._slots if held(owner, name) is original), None)
+        if i is not None:
+            self._copies[id(copy)] = (weakref.ref(copy), i)
+
+    def _refuse_copies(self, value: Tensor) -> None:
+        ref, i = self._copies.get(id(value), (None, 0))
+        if ref is not None and ref() is value:
+            raise self._copied(i)
+        super()._refuse_copies(value)
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         if isinstance(self.draw, LateDraw) and not self.draw.started:
@@ -202,6 +228,30 @@ class Span(Call):
                 "rows there are; call the module first, or pass perturbed(..., members=N)"
             )
         return super()._meet(i, mean, func)
+
+
+class _Hook:
+    """A hook of a context, of which copies of the module keep nothing that does anything."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copy."""
+
+
+def _no_hook() -> Any:
+    return _nothing
 
 
 def _is_upkeep(func: Any) -> bool:
@@ -228,7 +278,14 @@ _COPIES = {
     torch.clone,
     torch.detach,
     torch.Tensor.to,
+    torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
     torch.Tensor.cpu,
+    torch.Tensor.cuda,
+    torch._has_compatible_shallow_copy_type,
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
     torch.Tensor.__deepcopy__,
     torch.Tensor.__reduce_ex__,
 }

@@ -14,13 +14,13 @@ from flipout.calls import Call, Ledger
 from flipout.compiled import run_eagerly
 from flipout.contexts import entered, setting
 from flipout.decay import parameter_groups, watch
-from flipout.draw import Draw
+from flipout.draw import Draw, offloaded_to
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
 from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
-from flipout.select import Selection, Site, check_generator
+from flipout.select import SCALES, Selection, Site, check_generator, held
 
 __all__ = ["Perturbed"]
 
@@ -80,6 +80,7 @@ class Perturbed(nn.Module):
         sites = selection.sites()
         _check_estimator(estimator, sites)
         check_generator(generator, sites)
+        _refuse_overlap(module, sites)
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ArgumentError(f"batch_dim={batch_dim!r}: expected the index of a dimension, 0 or more")
         if fallback not in (None, "loop"):
@@ -95,11 +96,13 @@ class Perturbed(nn.Module):
         self.fallback = fallback
         self.ledger = Ledger(unmet)
         self.log_std = nn.ParameterDict(
-            {_key(site.name): nn.Parameter(site.noise.initial_log_std(site.mean)) for site in sites if site.noise.learnable}
+            {_key(site.name): nn.Parameter(site.noise.initial_log_std(_like(site))) for site in sites if site.noise.learnable}
         )
+        setattr(self.log_std, SCALES, True)
         self._estimator = estimator
         self._selection = selection
         self._first = selection.names
+        self._checked: Any = sites
         watch(self)
 
     @property
@@ -111,16 +114,24 @@ class Perturbed(nn.Module):
     @property
     def sites(self) -> tuple[Site, ...]:
         """The perturbed parameters, as the module stands."""
-        before = self._selection.names
         sites = self._selection.sites()
-        if self._selection.names is not before:
+        if self._checked is not sites and not torch.compiler.is_compiling():
             self._check_change(sites)
+            self._checked = sites
         return sites
 
     def _check_change(self, sites: Sequence[Site]) -> None:
         """Raises where the module has got parameters that this wrapper has no scales for."""
         _check_estimator(self._estimator, sites)
-        new = [site.name for site in sites if site.noise.learnable and _key(site.name) not in self.log_std]
+        _refuse_overlap(self.module, sites)
+        learnable = [site for site in sites if site.noise.learnable]
+        new = [site.name for site in learnable if _key(site.name) not in self.log_std]
+        other = [s.name for s in learnable if s.name not in new and s.shape != getattr(self.scales.get(s.name), "shape", s.shape)]
+        if other:
+            raise ArgumentError(
+                f"{', '.join(map(repr, other))}: the parameter has another shape than when it was wrapped, and its noise has learnable "
+                "scales of the shape it had; wrap the module again"
+            )
         if new:
             raise ArgumentError(
                 f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; wrap the "
@@ -155,22 +166,29 @@ class Perturbed(nn.Module):
             return self._run(repeated_draw(self) or draw, rows, args, kwargs)
 
     def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
         if draw is None:
             draw = self._draw(rows, self.generator, args, kwargs)
-        elif draw.owner is None:
-            require_blocks(rows, draw.members, self.batch_dim)
-        elif rows != len(draw.owner):
-            raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
-        compiling = torch.compiler.is_compiling()
+        else:
+            if not compiling:
+                draw.require_standing(self.sites)
+            if draw.owner is None:
+                require_blocks(rows, draw.members, self.batch_dim)
+            elif rows != len(draw.owner):
+                raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
         if not compiling:
             outer_draws(self, draw)
         call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
         call.arguments(args, kwargs)
+        if not compiling:
+            draw.running += 1
         try:
             with call:
                 output = self.module(*args, **kwargs)
         finally:
             call.close()
+            if not compiling:
+                draw.running -= 1
         call.require_rows(output)
         if not compiling:
             self.ledger.settle(call, self._lost())
@@ -179,7 +197,9 @@ class Perturbed(nn.Module):
     def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
         first = first_batch(args, kwargs or {})
         device = None if first is None else getattr(first, "data", first).device
-        return Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
+        draw = Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
+        draw.selection = self._selection
+        return draw
 
     def _lost(self) -> list[str]:
         """The parameters that were perturbed when the module was wrapped and are no longer in it."""
@@ -293,7 +313,7 @@ class Perturbed(nn.Module):
         return f"{', '.join(laws)}, {self.estimator}, {len(sites)} parameters"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state = {**self.__dict__, "_checked": None}
         if self.generator is not None:  # generators neither pickle nor deepcopy on every supported torch
             state["generator"] = (self.generator.device, self.generator.get_state())
         return state
@@ -331,21 +351,28 @@ class Perturbed(nn.Module):
 
 
 class _Scales(Mapping[str, torch.Tensor]):
-    """The learnable scales by parameter name as they stand now, also where ``functional_call`` has put others in their place."""
+    """The learnable scales by parameter name as they stand now, also where ``functional_call`` or FSDP has put others in their place."""
 
     def __init__(self, scales: nn.ParameterDict) -> None:
-        self._slots = scales._parameters
+        self._owner = scales
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        scale = self._slots[_key(name)]
-        assert scale is not None
+        scale = held(self._owner, _key(name))
+        if scale is None:
+            raise KeyError(name)
         return scale
 
     def __iter__(self) -> Iterator[str]:
-        return (key.replace("/", ".") for key in self._slots)
+        return (key.replace("/", ".") for key in self._owner)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._owner)
+
+
+def _like(site: Site) -> Tensor:
+    """What the scale of a parameter is made like: with values where only those of the parameter are elsewhere (offloaded)."""
+    device = offloaded_to(site)
+    return site.mean if device is None else torch.empty((), dtype=site.mean.dtype, device=device).expand(site.mean.shape)
 
 
 def _key(name: str) -> str:
@@ -357,6 +384,21 @@ def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
         raise ArgumentError(f"estimator={estimator!r}: expected an estimator such as flipout.Flipout() or flipout.Shared()")
     for site in sites:
         estimator.check(site.noise, site.name)
+
+
+def _refuse_overlap(module: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises where a wrapper inside the module perturbs some of the same parameters."""
+    if not isinstance(module, nn.Module):
+        return
+    slots = {slot: site.name for site in sites for slot in site.slots}
+    for path, part in module.named_modules():
+        if isinstance(part, Perturbed):
+            both = [slots[slot] for site in part.sites for slot in site.slots if slot in slots]
+            if both:
+                raise ArgumentError(
+                    f"{both[0]!r} and {len(both) - 1} more are perturbed by the Perturbed at {path!r} inside this module already; exclude "
+                    f"them here (exclude={(path + '.*').lstrip('.')!r}), or wrap what is in it (its .module)"
+                )
 
 
 def member_count(members: Any) -> int:

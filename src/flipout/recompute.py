@@ -147,10 +147,12 @@ class _Notes:
             getattr(getattr(weight, "origin", None), "uses", []).clear()
         tracker.replay, tracker.logs, call.repeats, call.regions._last = _Replay(self), [], True, None
         call.tracker, call.layout = tracker, self.layout
+        call.draw.running += 1
         try:
             with call:
                 return self._again(*args)
         finally:
+            call.draw.running -= 1
             tracker.replay, tracker.logs, call.repeats, call.regions._last, call.tracker, call.layout = before
             if generator is not None:
                 generator.set_state(state)

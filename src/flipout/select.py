@@ -16,8 +16,9 @@ from flipout.arguments import broadcasts
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
 from flipout.noise import Noise
+from flipout.sharded import in_flat_pieces
 
-__all__ = ["Selection", "Site", "check_generator", "held", "select"]
+__all__ = ["SCALES", "Selection", "Site", "check_generator", "held", "hooks_on", "select"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +34,7 @@ class Site:
             share its signs.
         names: all its names, one for each of ``slots``.
         padding: the row of a table that is padding in one of its uses, and has no noise in any.
+        shape: of the parameter when it was selected.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Site:
     matrix: str | None = None
     names: tuple[str, ...] = ()
     padding: int | None = None
+    shape: torch.Size = torch.Size()
 
     @property
     def mean(self) -> Tensor:
@@ -49,6 +52,10 @@ class Site:
         parameter = held(*self.slots[0])
         assert parameter is not None
         return parameter
+
+
+#: An attribute that marks the scales of a wrapper, which are parameters of nobody else's.
+SCALES = "_flipout_scales"
 
 
 def held(owner: nn.Module, attribute: str) -> Tensor | None:
@@ -74,6 +81,7 @@ class Selection:
     ) -> None:
         kept = (include if isinstance(include, str) else list(include), exclude if isinstance(exclude, str) else list(exclude))
         self._arguments = (module, noise, *kept)
+        self._tied: dict[tuple[nn.Module, str], Any] = {}
         self._look()
 
     def sites(self) -> tuple[Site, ...]:
@@ -87,7 +95,7 @@ class Selection:
         return self._sites
 
     def _look(self) -> None:
-        self._sites = tuple(select(*self._arguments))
+        self._sites = tuple(select(*self._arguments, ties=self._tied))
         self.names = tuple(site.name for site in self._sites)
         modules = list(self._arguments[0].modules())
         self._parts = [(part._modules, tuple(part._modules.items())) for part in modules if part._modules]
@@ -101,7 +109,14 @@ class Selection:
         held_now = [held(*slot) for slot in self._slots]
         self._seen = [None if tensor is None else weakref.ref(tensor) for tensor in held_now]
         first: dict[int, int] = {}
-        return [(first.setdefault(id(t), i), None if t is None else t.shape) for i, t in enumerate(held_now)]
+        keys = [_identity(*slot, tensor, self._tied) for slot, tensor in zip(self._slots, held_now, strict=True)]
+        groups: dict[Any, list[tuple[nn.Module, str]]] = {}
+        for slot, key in zip(self._slots, keys, strict=True):
+            groups.setdefault(key, []).append(slot)
+        self._tied = {slot: ("tied", id(slots[0][0]), slots[0][1]) for slots in groups.values() if len(slots) > 1 for slot in slots}
+        return [
+            (first.setdefault(key, i), None if t is None else t.shape) for i, (key, t) in enumerate(zip(keys, held_now, strict=True))
+        ]
 
     def _stands(self) -> bool:
         for modules, items in self._parts:
@@ -120,13 +135,23 @@ class Selection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._look()
+        self._tied = {}
+        try:
+            self._look()
+        except AttributeError:  # the module is being rebuilt, and is looked at when it stands
+            self.names, self._slots, self._parts, self._names = (), [], [({}, (("", None),))], []
 
 
 def select(
-    module: nn.Module, noise: Noise | Mapping[str, Noise], include: str | Iterable[str], exclude: str | Iterable[str]
+    module: nn.Module,
+    noise: Noise | Mapping[str, Noise],
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    ties: Mapping[tuple[nn.Module, str], Any] | None = None,
 ) -> list[Site]:
     """The parameters that match ``include``, not ``exclude``, and a pattern of ``noise``; the first pattern wins.
+
+    ``ties`` tells of slots that held one parameter before it was offloaded: see :func:`_identity`.
 
     A tied parameter has several names and is selected if any of them matches; it is left out if any is excluded.
 
@@ -135,11 +160,18 @@ def select(
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    flat = in_flat_pieces(module)
+    if flat is not None:
+        raise ArgumentError(
+            f"{flat!r} is a FullyShardedDataParallel (FSDP1), whose parameters lie in flat pieces between calls, so that no noise can be "
+            "drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without auto_wrap_policy around "
+            "the wrapper"
+        )
     laws = dict(noise) if isinstance(noise, Mapping) else {"*": noise}
     for pattern, law in laws.items():
         if not isinstance(law, Noise):
             raise ArgumentError(f"the noise for {pattern!r} is {law!r}; expected a flipout noise such as flipout.Gaussian(0.1)")
-    places = _places(module)
+    places = _places(module, ties or {})
     names = [name for found in places.values() for name, _, _ in found]
     included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
     for kind, patterns in {"include": included, "exclude": excluded, "noise": list(laws)}.items():
@@ -158,7 +190,8 @@ def select(
         parameter = held(*slots[0])
         _require_real(own[0], parameter)
         _require_shape(own[0], chosen, parameter)
-        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, names=tuple(own), padding=_padding(slots)))
+        assert parameter is not None
+        sites.append(Site(own[0], chosen, _sign_axes(slots), slots, None, tuple(own), _padding(slots), parameter.shape))
     if not sites:
         raise ArgumentError(
             f"nothing to perturb: include={included}, exclude={excluded} and the noise patterns {list(laws)} leave none of "
@@ -201,14 +234,41 @@ def _with_matrices(sites: list[Site]) -> list[Site]:
     return [replace(site, matrix=matrix_of(site)) for site in sites]
 
 
-def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+def _identity(owner: nn.Module, attribute: str, tensor: Tensor | None, ties: Mapping[tuple[nn.Module, str], Any]) -> Any:
+    """What two slots have in common that hold one parameter.
+
+    That is the parameter itself, except while it is offloaded: each of its slots then has a placeholder of its own on the device
+    meta. Those belong together that did before, or whose values lie at one address of accelerate's map of weights.
+    """
+    if tensor is None or tensor.device.type != "meta":
+        return id(tensor)
+    before = ties.get((owner, attribute))
+    if before is not None:
+        return before
+    for each in hooks_on(owner):
+        weights: Any = getattr(each, "weights_map", None)
+        kept = getattr(weights, "dataset", weights)
+        if isinstance(kept, dict):
+            value = kept.get(getattr(weights, "prefix", "") + attribute)
+            if isinstance(value, Tensor):
+                return ("kept", value.data_ptr(), value.shape)
+    return id(tensor)
+
+
+def hooks_on(owner: nn.Module) -> list[Any]:
+    """The hooks that accelerate has put on a part, which bring its parameters and take them away."""
+    hook: Any = getattr(owner, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+def _places(module: nn.Module, ties: Mapping[tuple[nn.Module, str], Any]) -> dict[Any, list[tuple[str, nn.Module, str]]]:
     """Every parameter, by identity, with all its names and owners."""
-    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    places: dict[Any, list[tuple[str, nn.Module, str]]] = {}
     for path, owner in module.named_modules():
         for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not getattr(owner, SCALES, False):
                 name = f"{path}.{attribute}" if path else attribute
-                places.setdefault(id(parameter), []).append((name, owner, attribute))
+                places.setdefault(_identity(owner, attribute, parameter, ties), []).append((name, owner, attribute))
     return places
 
 
@@ -296,7 +356,7 @@ def check_generator(generator: torch.Generator | None, sites: Iterable[Site]) ->
     if not isinstance(generator, torch.Generator):
         raise ArgumentError(f"generator={generator!r}: expected a torch.Generator or None, not a {type(generator).__name__}")
     for site in sites:
-        if generator.device.type != site.mean.device.type:
+        if site.mean.device.type not in (generator.device.type, "meta"):  # meta: offloaded, or not materialised yet
             raise ArgumentError(
                 f"the generator lives on {generator.device}, parameter {site.name!r} on {site.mean.device}; make it with "
                 f"torch.Generator(device={str(site.mean.device)!r})"

@@ -51,6 +51,11 @@ class Factor:
             return unpack(self.values, self.count, dtype)
         return self.values if self.values.dtype == dtype else self.values.to(dtype)
 
+    def shaped(self, dtype: torch.dtype) -> Tensor:
+        """The values, ``[N, *sizes]``."""
+        values = self.flat(dtype)
+        return values.view(values.shape[0], *self.sizes)
+
     def compact(self, dtype: torch.dtype) -> Tensor:
         """The values as they are kept: bits, or numbers in ``dtype``."""
         if self.values is None or not self.packed:
@@ -59,9 +64,9 @@ class Factor:
 
     def broadcast(self, ndim: int, dtype: torch.dtype) -> Tensor:
         """The values as ``[N, ...]`` that broadcasts against ``[N, *weight.shape]`` for a weight of rank ``ndim``."""
-        values = self.flat(dtype)
+        values = self.shaped(dtype)
         order = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-        values = values.view(-1, *self.sizes).permute(0, *(1 + i for i in order))
+        values = values.permute(0, *(1 + i for i in order))
         shape = [values.shape[0]] + [1] * ndim
         for i in order:
             shape[1 + self.axes[i]] = self.sizes[i]

@@ -37,6 +37,7 @@ class Origin:
     fallback: str | None = None
     generator: torch.Generator | None = None
     uses: list[str] = field(default_factory=list)
+    draw: Any = None  # a weak reference, where a call knows it
 
 
 class PerturbedWeight(torch.Tensor):

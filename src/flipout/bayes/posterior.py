@@ -16,6 +16,7 @@ from flipout.errors import ArgumentError
 from flipout.noise import Gaussian, Noise
 from flipout.perturb import Perturbed
 from flipout.select import Site, select
+from flipout.sharded import whole
 
 __all__ = ["Posterior", "from_pretrained", "posteriors", "require_net"]
 
@@ -64,14 +65,15 @@ class Posterior:
 
 
 def posteriors(net: Perturbed) -> Iterator[Posterior]:
-    """Each random parameter of a net, tied ones once, as the means and scales stand now.
+    """Each random parameter of a net, tied ones once, as the means and scales stand now; sharded ones (FSDP2) gathered.
 
     Raises:
         ArgumentError: if ``net`` is no :class:`flipout.Perturbed`.
     """
     scales = require_net(net).scales
     for site in net.sites:
-        yield Posterior(site.names, site.noise, site.mean, scales.get(site.name))
+        scale = scales.get(site.name)
+        yield Posterior(site.names, site.noise, whole(site.mean), None if scale is None else whole(scale))
 
 
 def require_net(net: Any) -> Perturbed:
@@ -126,7 +128,7 @@ def from_pretrained(
 
 
 def _scale_of(site: Site, relative_std: float, floor: float) -> Tensor:
-    mean = site.mean.detach()
+    mean = whole(site.mean.detach())
     if not bool(mean.isfinite().all()):
         raise ArgumentError(f"parameter {site.name!r} is not finite, so the net is not trained: mend it, or exclude it")
     return (relative_std * mean.abs()).clamp_min(floor)

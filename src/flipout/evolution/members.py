@@ -52,6 +52,7 @@ class Members(Draw):
         self.count = each * (directions.stop - directions.start)
         self._directions = directions
         super().__init__(net.module, net.sites, {}, net.estimator, self.count, None, net.fallback, samples)
+        self.selection = net._selection
 
     def module(self, n: int) -> nn.Module:
         with contextlib.nullcontext() if self.guard is None else self.guard.lifted():

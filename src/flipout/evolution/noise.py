@@ -129,7 +129,7 @@ class Directions:
     def _independent(self, i: int, target: Target) -> Sample:
         mean = target.mean
         drawn = self._numbers(Place(self.generation, 0, _DRAWS * i + 1), self.start, self.stop, mean.numel(), target)
-        drawn = drawn.mul_(self.law.std).view(-1, *mean.shape)
+        drawn = drawn.mul_(self.law.std).view(self.stop - self.start, *mean.shape)
         return Sample(self._pairs(drawn) if self.paired else drawn, per_member=True, scaled=True)
 
     def _numbers(self, place: Place, start: int, stop: int, count: int, target: Target) -> Tensor:

@@ -24,6 +24,7 @@ from flipout.evolution.statistics import BatchGuard
 from flipout.noise import Gaussian, Rademacher
 from flipout.in_place import in_place
 from flipout.perturb import Perturbed
+from flipout.sharded import sharded_as
 
 __all__ = ["Evaluate", "EvolutionStrategy", "Std"]
 
@@ -169,7 +170,7 @@ class EvolutionStrategy:
         self._open = True
         try:
             guard = members.guard = BatchGuard(self.module, members.count)
-            with torch.no_grad(), kept_buffers(self.module), guard.attached(), in_place(self._net, members, must_be_used=False):
+            with torch.no_grad(), kept_buffers(self.module), guard.attached(), in_place(self._net, members):
                 yield members
         finally:
             self._open = False
@@ -236,7 +237,7 @@ class EvolutionStrategy:
         scale = -1 / (int(keep.sum()) * self.std**2)
         gradients = self._population.weighted_sum(weights, scale, self.generation, self.std)
         for site in self._net.sites:
-            site.mean.grad = gradients[site.name]
+            site.mean.grad = sharded_as(gradients[site.name], site.mean)
         self.generation += 1
         self._asked = False
 

@@ -91,7 +91,7 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
             return replace(factor, sizes=sizes)
         if (bits := _packed_slice(factor, index)) is not None:
             return replace(factor, values=bits, sizes=sizes)
-        values = pick(factor.flat(weight.mean_weight.dtype).view(-1, *factor.sizes), 1 + at)
+        values = pick(factor.shaped(weight.mean_weight.dtype), 1 + at)
         return _regrouped(factor, values, factor.axes, sizes)
 
     def of_term(term: Term) -> Term:

@@ -149,7 +149,7 @@ def _of_term(x: Tensor, term: Term, weight: PerturbedWeight, equation: Equation,
 
 def _placed(factor: Factor, letters: list[str], letters_of: str, member: str, dtype: torch.dtype) -> Tensor:
     """A factor's values, to broadcast against a tensor with the axes ``letters_of``."""
-    values = factor.flat(dtype).view(-1, *factor.sizes)
+    values = factor.shaped(dtype)
     order = sorted(range(len(letters) + 1), key=lambda i: letters_of.index([member, *letters][i]))
     present = [member, *letters]
     shape = [values.shape[present.index(c)] if c in present else 1 for c in letters_of]

@@ -70,7 +70,7 @@ def sign_factors(term: Term) -> tuple[Factor, Factor] | None:
 
 def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
     """Where signs are drawn per token: ``x`` as ``[tokens, in]`` and the weights with a row of signs for each."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     drawn = [w.for_tokens(flat.shape[0]) if isinstance(w, PerturbedWeight) else w for w in weights]
     return flat, drawn
 
@@ -347,8 +347,8 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
     if weight.batch.members is None:
         lead = input1.shape[:-1]
         return _bilinear_drawn(
-            input1.reshape(-1, input1.shape[-1]),
-            input2.reshape(-1, input2.shape[-1]),
+            input1.reshape(input1.shape[:-1].numel(), input1.shape[-1]),
+            input2.reshape(input2.shape[:-1].numel(), input2.shape[-1]),
             weight.for_tokens(lead.numel()),
             bias.for_tokens(lead.numel()) if isinstance(bias, PerturbedWeight) else bias,
         ).view(*lead, weight.shape[0])

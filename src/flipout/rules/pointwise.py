@@ -313,6 +313,21 @@ def where_of(input: Any, condition: Any, other: Any) -> Tensor:
     return _choice(condition, input, other)
 
 
+@rule(torch.functional.broadcast_tensors, Estimator)
+def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
+    """Each row its own member's values where one of the operands is data, as for ``mean + weight``; weights alone stay weights."""
+    first = next(t for t in tensors if isinstance(t, PerturbedWeight))
+    data = [t for t in tensors if not _scalar(t) and not isinstance(t, (PerturbedWeight, torch.nn.Parameter))]
+    rows = next((t for t in data if isinstance(first.batch.known(t), Rows)), None)
+    if rows is None:
+        rows = next((t for t in data if not fits(first, t)), None)
+    if rows is None:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        return tuple(t.expand(shape) for t in tensors)
+    aligned = [spread(t, rows, "broadcast_tensors")[1] if isinstance(t, PerturbedWeight) else t for t in tensors]
+    return torch.broadcast_tensors(*aligned)
+
+
 @rule((F.prelu, torch.prelu), Estimator)
 def prelu(input: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""

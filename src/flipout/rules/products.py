@@ -121,19 +121,19 @@ class _SignedLinear(torch.autograd.Function):
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
         out, width = mean.shape
-        g = grad.reshape(-1, out)
+        g = grad.flatten(0, -2)
         gx = gw = gd = gb = gc = None
-        rg = _times(r, grad).reshape(-1, out) if needs_x or needs_base or needs_bias_base else g
+        rg = _times(r, grad).flatten(0, -2) if needs_x or needs_base or needs_bias_base else g
         signs = _signs(s, x) if needs_x or needs_base else s
         if needs_x:
             gx = torch.mm(g, mean).view(x.shape)
             gx.addcmul_(torch.mm(rg, base).view(x.shape), signs)
         if needs_mean:
-            gw = torch.mm(g.t(), x.reshape(-1, width))
+            gw = torch.mm(g.t(), x.flatten(0, -2))
         if needs_base:
             fresh = s.dtype == torch.uint8 and x.dim() == 2 and not torch.is_grad_enabled()
             signed = signs.mul_(x) if fresh else signs * x
-            gd = torch.mm(rg.t(), signed.reshape(-1, width))
+            gd = torch.mm(rg.t(), signed.flatten(0, -2))
         if needs_bias:
             gb = g.sum(0)
         if needs_bias_base:

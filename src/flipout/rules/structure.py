@@ -302,7 +302,7 @@ def _padded(term: Term, piece: PerturbedWeight, dim: int, margins: tuple[int, in
             factors.append(factor)
             continue
         at = factor.axes.index(dim)
-        values = factor.flat(piece.mean_weight.dtype).view(-1, *factor.sizes)
+        values = factor.shaped(piece.mean_weight.dtype)
         margin = [0, 0] * (len(factor.sizes) - 1 - at) + [before, after]
         values = torch.nn.functional.pad(values, margin)
         factors.append(Factor(values.flatten(1), factor.axes, tuple(values.shape[1:]), packed=False))
