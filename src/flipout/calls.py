@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
-__all__ = ["Call", "Ledger"]
+__all__ = ["Call", "Ledger", "Repetition"]
 
 
 class Ledger:
@@ -85,10 +86,9 @@ class Call(TorchFunctionMode):
     def __init__(self, module: nn.Module, draw: Draw, layout: Layout) -> None:
         super().__init__()
         self.module, self.draw, self.layout = module, draw, layout
-        self.sites, self.tracker = draw.sites, Tracker(draw.members, draw.owner)
+        self.sites = draw.sites
         self.met: set[int] = set()
-        self.repeats = False
-        self._carried = False
+        self._carried = self._entered = False
         self._plain = draw.is_one_weight or draw.members is None
         self._graded = torch.is_grad_enabled()
         self._slots = [(owner, name, i) for i, site in enumerate(self.sites) for owner, name in site.slots]
@@ -96,10 +96,16 @@ class Call(TorchFunctionMode):
         self._derived: list[Any] = []
         self._buffers: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.tracker = Tracker(draw.members, draw.owner)
+        else:
             self._task = torch._C._current_graph_task_id()
-            self.regions = recompute.Regions(draw)
+            self.regions = recompute.Regions(Repetition)
+            self.tracker = self._new_tracker()
         self.learn()
+
+    def _new_tracker(self) -> Tracker:
+        return Tracker(self.draw.members, self.draw.owner, self.regions.logs)
 
     def learn(self) -> None:
         """Notes what stands in the slots now."""
@@ -127,7 +133,7 @@ class Call(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _RAW:
             return func(*args, **kwargs)
-        self._carried = False
+        self._carried = self._entered = False
         given = [self._swap(arg, func) for arg in args]
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
         if self._carried and not self._plain:
@@ -149,9 +155,7 @@ class Call(TorchFunctionMode):
         """The argument of an operation, with carriers in place of the selected parameters."""
         if isinstance(value, Tensor):
             if type(value) is PerturbedWeight:
-                self._require_visible(value.origin.name, func)
-                self._carried = True
-                return value
+                return self._meet_carrier(value, func)
             fact = self.tracker.find(value)
             if fact is UNSEEN:
                 fact = self._classify(value)
@@ -171,12 +175,29 @@ class Call(TorchFunctionMode):
         if torch.compiler.is_compiling():
             self.met.add(i)
             return self._weight(i, mean)
-        if torch._C._current_graph_task_id() != self._task and not self.repeats:
+        if torch._C._current_graph_task_id() != self._task:
             return mean  # the backward of an operation, whose own operands these are
         self._require_visible(self.sites[i].name, func)
         self.met.add(i)
-        self.regions.enter(self)
-        return self._weight(i, mean)
+        return self._weight(i, mean) if self._enter() else mean
+
+    def _meet_carrier(self, weight: PerturbedWeight, func: Any) -> PerturbedWeight:
+        """A weight that is in place already: made of one in the call, or of one that an inner call has put there."""
+        if torch.compiler.is_compiling():
+            self._carried = True
+            return weight
+        if torch._C._current_graph_task_id() == self._task and AT_HAND.tracker is None:
+            self._require_visible(weight.origin.name, func)
+            self._carried = True
+            self._enter()
+        return weight
+
+    def _enter(self) -> bool:
+        """Notes, once for each operation, that it meets weights. Returns whether it is to have them, and not the means."""
+        if not self._entered:
+            self._entered = True
+            self.regions.enter(self)
+        return True
 
     def _weight(self, i: int, mean: Tensor) -> Tensor:
         key = (i, torch.is_grad_enabled())
@@ -185,7 +206,7 @@ class Call(TorchFunctionMode):
             if torch.compiler.is_compiling():
                 weight = self.draw.carrier(i, mean, self.layout)
             else:
-                with self.regions.unseen():
+                with recompute.unseen():
                     weight = self.draw.carrier(i, mean, self.layout)
             made = self._weights[key] = (mean, weight)
         return made[1]
@@ -193,7 +214,7 @@ class Call(TorchFunctionMode):
     def _require_visible(self, name: str, func: Any) -> None:
         """Raises where a weight has reached the forward of a custom autograd Function, into which autograd does not look."""
         if self._graded and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and recompute.inside_function():
-            raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
+            raise missing_rule_for(func, name, self.draw.estimator, (), recompute.HIDDEN)
 
     # --- what a tensor is -------------------------------------------------------------------------------------------------
 
@@ -275,6 +296,59 @@ class Call(TorchFunctionMode):
         self._derived.clear()
 
 
+class Repetition(Call):
+    """Runs a checkpointed region again, under the weights that its first run met.
+
+    Args:
+        notes: what it found then.
+    """
+
+    def __init__(self, notes: recompute.Notes) -> None:
+        first = notes.draw
+        self._replay = recompute.Replay(notes)
+        self._source = first.generator
+        if first.estimator.has_members:
+            draw = first if first.samples is notes.samples else first.as_it_was(notes.samples, first.generator)
+        else:  # never the user's own generator: what else draws from it goes on
+            own = None if first.generator is None else torch.Generator(device=first.generator.device)
+            draw = first.as_it_was(notes.samples, own)
+        super().__init__(notes.module, draw, Layout(None, None, 0))
+        self.regions.began = notes.began
+        self._perturbs = True
+
+    def _new_tracker(self) -> Tracker:
+        return Tracker(self.draw.members, self.draw.owner, self.regions.logs, self._replay)
+
+    def _meet_carrier(self, weight: PerturbedWeight, func: Any) -> PerturbedWeight:
+        weight = super()._meet_carrier(weight, func)
+        source = weight.origin.generator
+        if source is None or source is not self._source:
+            return weight
+        return PerturbedWeight(weight.mean_weight, weight.terms, weight.batch, replace(weight.origin, generator=self.draw.generator))
+
+    def _enter(self) -> bool:
+        if self._entered:
+            return self._perturbs
+        self._entered = True
+        step = self._replay.next_step()
+        self._perturbs = step is not None or self._replay.strays
+        if not self._perturbs:
+            self.regions.pass_by(self)
+            return False
+        if step is not None:
+            if step.layout is not self.layout:
+                self.layout = step.layout
+                self._weights.clear()
+            for generator, state in zip(recompute.sources(self.draw), step.states, strict=False):
+                generator.set_state(state)
+        self.regions.enter(self)
+        return True
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self.close()
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory of its own process, at an address."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.layout != torch.strided:
@@ -289,11 +363,6 @@ def _packed_rows(batch: PackedSequence) -> Rows:
         order = batch.sorted_indices[order]
     return Rows(0, int(batch.batch_sizes[0]), order=order)
 
-
-_HIDDEN = (
-    "it did so inside a torch.autograd.Function, whose own backward would drop the gradient. Reentrant checkpointing is one: pass "
-    'use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
-)
 
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
 _RAW = METADATA | {

@@ -81,6 +81,25 @@ class Draw:
         self._carriers: dict[tuple[int, Layout], tuple[Any, Tensor]] = {}
 
     @property
+    def samples(self) -> list[Sample]:
+        """What was drawn. Resampling makes another list."""
+        return self._samples
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The source of the draw; None for torch's global generators."""
+        return self._generator
+
+    def as_it_was(self, samples: list[Sample], generator: torch.Generator | None) -> Draw:
+        """The same draw with the samples that it had, and with a generator for what operations draw."""
+        past = Draw.__new__(Draw)
+        past.members, past.estimator, past.owner, past.read = self.members, self.estimator, self.owner, False
+        past._module, past._sites, past._log_std, past._fallback = self._module, self._sites, self._log_std, self._fallback
+        past._generator, past._samples, past._home = generator, samples, None
+        past._fixed, past._layouts, past._carriers = {}, {}, {}
+        return past
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """The perturbed parameters."""
         return tuple(self._sites)

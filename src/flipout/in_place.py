@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flipout.calls import Call
 from flipout.compiled import run_eagerly
@@ -18,7 +19,8 @@ from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
-from flipout.rows import Layout, Rows, Tracker, count_rows, first_batch, require_blocks, rows_dim
+from flipout.recompute import level, note, noted
+from flipout.rows import Layout, Rows, count_rows, first_batch, require_blocks, rows_dim
 from flipout.weight import operation_name
 
 __all__ = ["in_place", "perturbed"]
@@ -80,13 +82,20 @@ class LateDraw(Draw):
         self.estimator = net.estimator
         self.members, self.owner, self.read = None, None, False
         self.started = False
+        self._again, self._event = noted(net.module, "draw"), note(net.module, "draw")
         if members is not None:
             self.start(members, None)
 
     def start(self, members: int, device: torch.device | None) -> None:
-        net = self._net
-        super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
+        net, again = self._net, None if self._again is None else self._again.repeated()
+        if again is None:
+            super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
+        else:  # in a checkpointed region that runs again
+            vars(self).update(vars(again))
         self.started = True
+        if self._event is not None:
+            self._event.settle(self, True)
+        self._again = self._event = None
         self.stays_in_this_thread()
 
     def _require_members(self) -> None:
@@ -127,7 +136,7 @@ class Span(Call):
     def __init__(self, net: Perturbed, draw: Draw) -> None:
         self.net = net
         self.depth, self.called = 0, False
-        self.thread = threading.get_ident()
+        self.thread, self.level = threading.get_ident(), level()
         self._handles: list[Any] = []
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
@@ -153,7 +162,7 @@ class Span(Call):
             self.attach()
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        if threading.get_ident() != self.thread or self.repeats:
+        if not self._is_here():
             return
         self.depth += 1
         if self.depth > 1:
@@ -172,7 +181,7 @@ class Span(Call):
                 draw.start(rows, None if first is None else getattr(first, "data", first).device)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
-                self.tracker = Tracker(draw.members, draw.owner)
+                self.tracker = self._new_tracker()
             self.tracker.members = draw.members
             self.tracker.forget_the_dead()
             self.layout = draw.layout(rows, dim)
@@ -185,15 +194,28 @@ class Span(Call):
             raise
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self.thread and not self.repeats:
+        if self._is_here():
             self.depth = max(self.depth - 1, 0)
+
+    def _is_here(self) -> bool:
+        """Whether a call of a part belongs to this stretch: not in other threads, nor where a backward pass runs a region again."""
+        return threading.get_ident() == self.thread and self.level == level() and self._task == torch._C._current_graph_task_id()
 
     # --- operations outside of them -------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.depth == 0 and not self.repeats and (_is_upkeep(func) or _inside_optimizer()):
+        if self.depth == 0 and (_is_upkeep(func) or _inside_optimizer()):
+            if self._meets(args, kwargs):
+                self.regions.pass_by(self)
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _meets(self, args: Any, kwargs: Any) -> bool:
+        """Whether selected parameters are among the arguments, where a checkpointed region has to know."""
+        if not self.regions.inside():
+            return False
+        found = [self.tracker.find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        return any(type(fact) is int for fact in found)
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         if isinstance(self.draw, LateDraw) and not self.draw.started:

@@ -75,15 +75,19 @@ class Tracker:
     Args:
         members: N of the draw.
         owner: the member of each row, where rows are not in member-major blocks.
+        logs: where to note what rules are told.
+        replay: what rules were told when they ran first.
     """
 
-    def __init__(self, members: int | None = None, owner: Tensor | None = None) -> None:
+    def __init__(
+        self, members: int | None = None, owner: Tensor | None = None, logs: list[Any] | None = None, replay: Any = None
+    ) -> None:
         self.members, self.owner = members, owner
+        self.logs: list[Any] = [] if logs is None else logs
+        self.replay = replay
         self._facts: dict[int, tuple[Any, Any]] = {}
         self._traced: dict[Tensor, Any] | None = {} if torch.compiler.is_compiling() else None
         self.landed: Rows | None = None
-        self.logs: list[Any] = []
-        self.replay: Any = None
 
     def consult(self, tensor: Tensor) -> Any:
         """:meth:`find` for a rule: what it is told is noted for a second run of the same operations, and repeated there."""
