@@ -366,6 +366,9 @@ def _packed_rows(batch: PackedSequence) -> Rows:
 
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
 _RAW = METADATA | {
+    torch.autograd.grad,  # by the means, which are the leaves
+    torch.autograd.backward,
+    torch.Tensor.backward,
     torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
     torch.Tensor.data_ptr,
