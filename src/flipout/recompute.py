@@ -52,7 +52,10 @@ _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-de
 _PACK = "_checkpoint_hook.__init__.<locals>.pack_hook"
 _PACK_AGAIN = "_recomputation_hook.__init__.<locals>.pack_hook"
 
-_WAY_OUT = 'pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
+_WAY_OUT = (
+    'pass use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False}, in newer versions '
+    "activation_checkpointing_kwargs)"
+)
 HIDDEN = (
     "it did so inside a torch.autograd.Function, whose own backward would drop the gradient. Reentrant checkpointing is one: "
     f"{_WAY_OUT}"

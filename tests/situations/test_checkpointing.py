@@ -748,3 +748,118 @@ def test_the_mean_goes_through_reentrant_checkpoints() -> None:
     y = checkpoint(net, x, use_reentrant=True)
     assert torch.equal(y, net.module(x))
     y.sum().backward()
+
+
+def test_a_weight_given_as_an_argument_of_a_region() -> None:
+    class Handing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(nn.functional.linear, self.first(x), self.third.weight, self.third.bias)  # type: ignore[no-any-return]
+
+    def run(how: Run) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x = wrapped(Handing().double(), estimator), data()
+        net.module.run = how
+        y = net(x)
+        return [y, *grads(y, [x, *net.parameters()])]
+
+    for estimator in ESTIMATORS.values():
+        require_same(run)
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def _tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    from zoo import ZOO
+
+    entry = next(entry for entry in ZOO if entry.name == name)
+    inputs = entry.inputs(N)
+    return entry.make().train(), {**inputs, "labels": inputs["input_ids"]}
+
+
+def _still(model: nn.Module) -> nn.Module:
+    """Without dropout, whose masks follow the global generator."""
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("estimator", [*LISTED, "token"])
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "Llama"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")  # its new name is not in every version
+@pytest.mark.parametrize("way", ["wrapped", "hold", "in_place"])
+def test_gradient_checkpointing_of_transformers(estimator: str, name: str, way: str) -> None:
+    pytest.importorskip("transformers", reason="checks the models of transformers")
+
+    def run(how: Run) -> list[Tensor]:
+        model, inputs = _tiny(name)
+        if how is checked:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(1)
+        options: Any = {"estimator": ESTIMATORS[estimator], "generator": generator, "unmet": "ignore"}
+        if way == "in_place":
+            with flipout.perturbed(model, NOISES["relative"], **options):
+                loss = model(**inputs).loss
+        else:
+            net = flipout.Perturbed(model, NOISES["relative"], **options)
+            with net.hold(N) if way == "hold" else contextlib.nullcontext():
+                loss = net(**inputs).loss + net(**inputs).loss
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    require_same(run)
+
+
+@pytest.mark.parametrize("estimator", LISTED)
+@pytest.mark.parametrize("way", ["wrapped", "in_place"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_reentrant_checkpointing_of_transformers_raises(estimator: str, way: str) -> None:
+    pytest.importorskip("transformers", reason="checks the models of transformers")
+    model, inputs = _tiny("GPT-2")
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+    with pytest.raises(flipout.errors.FlipoutError, match=r"use_reentrant=False.*gradient_checkpointing_kwargs"):
+        if way == "wrapped":
+            flipout.Perturbed(model, NOISES["fixed"], ESTIMATORS[estimator])(**inputs)
+        else:
+            with flipout.perturbed(model, NOISES["fixed"], ESTIMATORS[estimator]):
+                model(**inputs)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in_place"])
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own
+def test_the_switch_of_the_trainer(way: str, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="checks its Trainer")
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+
+    def run(how: Run) -> list[Tensor]:
+        model, inputs = _tiny("GPT-2")
+        model = _still(model)
+        rows = [{key: value[n] for key, value in inputs.items()} for n in range(N)]
+        generator = torch.Generator().manual_seed(1)
+
+        class Ours(transformers.Trainer):  # type: ignore[misc, name-defined]
+            def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+                if way == "wrapped":
+                    return net(**inputs).loss
+                with flipout.perturbed(model, NOISES["fixed"], generator=generator):
+                    return model(**inputs).loss
+
+        net = flipout.Perturbed(model, NOISES["fixed"], generator=generator)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=how is checked,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            learning_rate=1e-2,
+        )
+        Ours(model=model, args=arguments, train_dataset=rows).train()
+        return [p.detach().clone() for p in model.parameters()]
+
+    require_same(run)
