@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,7 @@ from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
-__all__ = ["Call", "Ledger", "Repetition"]
+__all__ = ["Call", "Ledger", "Repetition", "take_off"]
 
 
 class Ledger:
@@ -346,7 +347,21 @@ class Repetition(Call):
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
-        self.close()
+        self.close()  # hooks of a part may have stored weights again
+
+
+def take_off(call: Call) -> None:
+    """Takes a call off this thread's stack of modes, wherever it stands there: async tasks end in any order."""
+    above: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            mode = _pop_torch_function_stack()
+            if mode is call:
+                break
+            above.append(mode)
+    finally:
+        for mode in reversed(above):
+            _push_on_torch_function_stack(mode)
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -376,6 +391,11 @@ _RAW = METADATA | {
     torch.Tensor.register_hook,
     torch.Tensor.register_post_accumulate_grad_hook,
     torch.Tensor.untyped_storage,
+    torch.Tensor._typed_storage,
+    torch.Tensor.storage,
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.Tensor._reduce_ex_internal,
     torch.Tensor.is_shared,
     torch.Tensor.__repr__,
     torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]

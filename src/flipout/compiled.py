@@ -18,10 +18,10 @@ _INSIDE = [0]
 
 
 class _Here(threading.local):
-    """How many times this thread is inside."""
+    """How many times this thread is inside: a number of its own, which another thread may lower where it closes a context."""
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.depth = [0]
 
 
 _HERE = _Here()
@@ -36,7 +36,7 @@ class _Stance:
 
     @property
     def stance(self) -> str:
-        stance: str = "force_eager" if _HERE.depth else self._elsewhere.stance
+        stance: str = "force_eager" if _HERE.depth[0] else self._elsewhere.stance
         return stance
 
     def __getattr__(self, name: str) -> Any:
@@ -59,17 +59,18 @@ def run_eagerly() -> Iterator[None]:
         if not _INSIDE[0]:
             _STANCES.append(_installed())
         _INSIDE[0] += 1
-    _HERE.depth += 1
+    depth, thread = _HERE.depth, threading.get_ident()
+    depth[0] += 1
     try:
         yield
     finally:
-        _HERE.depth -= 1
-        frames.set_eval_frame(None)
+        depth[0] -= 1
+        callback = frames.set_eval_frame(None)
         with _LOCK:
             _INSIDE[0] -= 1
             if not _INSIDE[0]:
                 _STANCES.pop().__exit__(None, None, None)
-        frames.set_eval_frame(before)
+        frames.set_eval_frame(before if thread == threading.get_ident() else callback)
 
 
 def _installed() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
 import os
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
+from flipout.hooks import clear
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
 from flipout.select import Site
@@ -48,9 +48,6 @@ class Draw:
         >>> torch.allclose(own(torch.ones(3)), y[1])
         True
     """
-
-    #: The hooks of a module that is perturbed in place.
-    calls: Any = None
 
     def __init__(
         self,
@@ -205,10 +202,10 @@ class Draw:
         Raises:
             MemberError, DrawError: as :meth:`weights`.
         """
-        hooks = contextlib.nullcontext() if self.calls is None else self.calls.lifted()
-        with torch.no_grad(), hooks, _UNMODED():  # hooks would be copied along
+        with torch.no_grad(), _UNMODED():
             weights = self.weights(n)
             plain = copy.deepcopy(self._module, _activations(self._module))
+            clear(plain)
             parameters = dict(plain.named_parameters(remove_duplicate=False))
             for name, weight in weights.items():
                 parameters[name].copy_(weight)

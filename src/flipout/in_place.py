@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flipout.calls import Call
+from flipout.calls import Call, take_off
 from flipout.compiled import run_eagerly
+from flipout.contexts import entered, setting
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
+from flipout.hooks import attach
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
 from flipout.recompute import level, note, noted
@@ -111,17 +113,16 @@ class LateDraw(Draw):
 def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
     """Perturbs ``net.module`` by a draw of it, for the operations of this thread inside the context.
 
-    Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
+    Hooks on the module's parts learn how many rows a call has. Copies of it do without them.
     """
-    span = draw.calls = Span(net, draw)
+    span = Span(net, draw)
     try:
         span.attach()
-        with run_eagerly(), span:
+        with run_eagerly(), entered(span, "on", True), span:
             yield
         if not draw.read or span.called:
             net.ledger.settle(span)
     finally:
-        draw.calls = None
         span.detach()
         span.close()
 
@@ -140,28 +141,20 @@ class Span(Call):
         self._handles: list[Any] = []
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
+    def __exit__(self, *reason: Any) -> None:
+        take_off(self)  # in another thread than its own it cannot be: it is off all the same, and does nothing there
+
     # --- calls of parts ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        for part in self.module.modules():
-            self._handles.append(part.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(self.leave, always_call=True))
+        self._handles = attach(self.module, self.enter, self.leave)
 
     def detach(self) -> None:
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
 
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Takes the hooks off for a while."""
-        self.detach()
-        try:
-            yield
-        finally:
-            self.attach()
-
-    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, part: nn.Module, args: Any, kwargs: Any = None) -> None:
         if not self._is_here():
             return
         self.depth += 1
@@ -170,6 +163,7 @@ class Span(Call):
         try:
             self.called = True
             net, draw = self.net, self.draw
+            kwargs = kwargs or {}
             first = first_batch(args, kwargs)
             fact = self.tracker.find(first) if isinstance(first, Tensor) else None
             if isinstance(fact, Rows) and part is not self.module:  # what another part returned
@@ -198,12 +192,19 @@ class Span(Call):
             self.depth = max(self.depth - 1, 0)
 
     def _is_here(self) -> bool:
-        """Whether a call of a part belongs to this stretch: not in other threads, nor where a backward pass runs a region again."""
-        return threading.get_ident() == self.thread and self.level == level() and self._task == torch._C._current_graph_task_id()
+        """Whether a call of a part belongs to this stretch.
+
+        Not in other threads and async tasks, nor where a backward pass runs a region again.
+        """
+        if threading.get_ident() != self.thread or self.level != level() or self._task != torch._C._current_graph_task_id():
+            return False
+        return bool(setting(self, "on", False))
 
     # --- operations outside of them -------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not setting(self, "on", False):  # another async task of this thread
+            return func(*args, **(kwargs or {}))
         if self.depth == 0 and (_is_upkeep(func) or _inside_optimizer()):
             if self._meets(args, kwargs):
                 self.regions.pass_by(self)
