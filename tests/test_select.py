@@ -211,7 +211,9 @@ def test_rows_that_are_mixed_are_named() -> None:
             return self.layer(torch.ones(5, 5).triu() @ x)
 
     net = flipout.Perturbed(Mixes(), flipout.Gaussian(0.1))
-    with pytest.raises(flipout.BatchError, match=r"shape \(5, 4\) which was made of one of shape \(5, 4\) by an operation along its"):
+    with pytest.raises(
+        flipout.BatchError, match=r"shape \(5, 4\) which was made of one of shape \(5, 4\) by an operation along its"
+    ):
         net(torch.ones(5, 4))
     assert type(net.module.layer.weight) is nn.Parameter
 

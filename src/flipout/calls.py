@@ -13,12 +13,14 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
@@ -33,7 +35,7 @@ from flipout.select import held
 from flipout.sharded import is_sharded
 from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
-__all__ = ["Call", "Ledger"]
+__all__ = ["Call", "Ledger", "Repetition", "take_off"]
 
 
 class Ledger:
@@ -92,10 +94,9 @@ class Call(TorchFunctionMode):
     def __init__(self, module: nn.Module, draw: Draw, layout: Layout) -> None:
         super().__init__()
         self.module, self.draw, self.layout = module, draw, layout
-        self.sites, self.tracker = draw.sites, Tracker(draw.members, draw.owner)
+        self.sites = draw.sites
         self.met: set[int] = set()
-        self.repeats = False
-        self._carried = False
+        self._carried = self._entered = False
         self._tracing = torch.compiler.is_compiling()
         self._plain = draw.is_one_weight or draw.members is None
         self._graded = torch.is_grad_enabled()
@@ -105,10 +106,16 @@ class Call(TorchFunctionMode):
         self._buffers: set[int] | None = None
         self._unselected: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
-        if not self._tracing:
+        if self._tracing:
+            self.tracker = Tracker(draw.members, draw.owner)
+        else:
             self._task = torch._C._current_graph_task_id()
-            self.regions = recompute.Regions(draw)
+            self.regions = recompute.Regions(Repetition)
+            self.tracker = self._new_tracker()
         self.learn()
+
+    def _new_tracker(self) -> Tracker:
+        return Tracker(self.draw.members, self.draw.owner, self.regions.logs)
 
     def learn(self) -> None:
         """Notes what stands in the slots now."""
@@ -138,7 +145,7 @@ class Call(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)) or (func is _DATA and _flattens()):
             return func(*args, **kwargs)
-        self._carried = False
+        self._carried = self._entered = False
         given = tuple([self._swap(arg, func) for arg in args])
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
         if self._plain and self._weights and _writes(func, kwargs):
@@ -164,10 +171,8 @@ class Call(TorchFunctionMode):
         """The argument of an operation, with carriers in place of the selected parameters."""
         if isinstance(value, Tensor):
             if type(value) is PerturbedWeight:
-                self._require_visible(value.origin.name, func)
                 self._require_own(value)
-                self._carried = True
-                return value
+                return self._meet_carrier(value, func)
             fact = self.tracker.find(value)
             if fact is UNSEEN or (type(value) is not Tensor and type(fact) is not int and self._may_be_new(value)):
                 fact = self._classify(value)
@@ -189,12 +194,29 @@ class Call(TorchFunctionMode):
         if self._tracing:
             self.met.add(i)
             return self._weight(i, mean)
-        if torch._C._current_graph_task_id() != self._task and not self.repeats:
+        if torch._C._current_graph_task_id() != self._task:
             return mean  # the backward of an operation, whose own operands these are
         self._require_visible(self.sites[i].name, func)
         self.met.add(i)
-        self.regions.enter(self)
-        return self._weight(i, mean)
+        return self._weight(i, mean) if self._enter() else mean
+
+    def _meet_carrier(self, weight: PerturbedWeight, func: Any) -> PerturbedWeight:
+        """A weight that is in place already: made of one in the call, or of one that an inner call has put there."""
+        if torch.compiler.is_compiling():
+            self._carried = True
+            return weight
+        if torch._C._current_graph_task_id() == self._task and AT_HAND.tracker is None:
+            self._require_visible(weight.origin.name, func)
+            self._carried = True
+            self._enter()
+        return weight
+
+    def _enter(self) -> bool:
+        """Notes, once for each operation, that it meets weights. Returns whether it is to have them, and not the means."""
+        if not self._entered:
+            self._entered = True
+            self.regions.enter(self)
+        return True
 
     def _weight(self, i: int, mean: Tensor) -> Tensor:
         key = (i, torch.is_grad_enabled())
@@ -206,10 +228,10 @@ class Call(TorchFunctionMode):
                 f"are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
             )
         if made is None or made[0] is not mean:
-            if self._tracing or self.regions.none:
+            if self._tracing or not self.regions.inside():
                 weight = self.draw.carrier(i, mean, self.layout)
             else:
-                with self.regions.unseen():
+                with recompute.unseen():
                     weight = self.draw.carrier(i, mean, self.layout)
             made = self._weights[key] = (mean, weight)
         return made[1]
@@ -217,7 +239,7 @@ class Call(TorchFunctionMode):
     def _require_visible(self, name: str, func: Any) -> None:
         """Raises where a weight has reached the forward of a custom autograd Function, into which autograd does not look."""
         if self._graded and not torch.is_grad_enabled() and not self._tracing and recompute.inside_function():
-            raise missing_rule_for(func, name, self.draw.estimator, (), _HIDDEN)
+            raise missing_rule_for(func, name, self.draw.estimator, (), recompute.HIDDEN)
 
     def _require_unwritten(self, func: Any, args: Any, kwargs: Any) -> None:
         """Raises where an operation in place would write into a weight that all rows see, and so leave the mean as it is."""
@@ -280,7 +302,9 @@ class Call(TorchFunctionMode):
             return NONE
         self._refuse_copies(value)
         if self._buffers is None:
-            self._buffers = {id(buffer) for part in self.module.modules() for buffer in part._buffers.values() if buffer is not None}
+            self._buffers = {
+                id(buffer) for part in self.module.modules() for buffer in part._buffers.values() if buffer is not None
+            }
         return NONE if id(value) in self._buffers else UNKNOWN
 
     def _refuse_copies(self, value: Tensor) -> None:
@@ -398,6 +422,78 @@ def _lies_in(value: Tensor, tensor: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
+class Repetition(Call):
+    """Runs a checkpointed region again, under the weights that its first run met.
+
+    Args:
+        notes: what it found then.
+    """
+
+    def __init__(self, notes: recompute.Notes) -> None:
+        first = notes.draw
+        self._replay = recompute.Replay(notes)
+        self._source = first.generator
+        if first.estimator.has_members:
+            draw = first if first.samples is notes.samples else first.as_it_was(notes.samples, first.generator)
+        else:  # never the user's own generator: what else draws from it goes on
+            own = None if first.generator is None else torch.Generator(device=first.generator.device)
+            draw = first.as_it_was(notes.samples, own)
+        super().__init__(notes.module, draw, Layout(None, None, 0))
+        self.regions.began = notes.began
+        self._perturbs = True
+
+    def _new_tracker(self) -> Tracker:
+        return Tracker(self.draw.members, self.draw.owner, self.regions.logs, self._replay)
+
+    def _meet_carrier(self, weight: PerturbedWeight, func: Any) -> PerturbedWeight:
+        weight = super()._meet_carrier(weight, func)
+        source = weight.origin.generator
+        if source is None or source is not self._source:
+            return weight
+        return PerturbedWeight(
+            weight.mean_weight, weight.terms, weight.batch, replace(weight.origin, generator=self.draw.generator)
+        )
+
+    def _require_own(self, weight: PerturbedWeight) -> None:
+        """Those of its first run are its own."""
+
+    def _enter(self) -> bool:
+        if self._entered:
+            return self._perturbs
+        self._entered = True
+        step = self._replay.next_step()
+        self._perturbs = step is not None or self._replay.strays
+        if not self._perturbs:
+            self.regions.pass_by(self)
+            return False
+        if step is not None:
+            if step.layout is not self.layout:
+                self.layout = step.layout
+                self._weights.clear()
+            for generator, state in zip(recompute.sources(self.draw), step.states, strict=False):
+                generator.set_state(state)
+        self.regions.enter(self)
+        return True
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self.close()  # hooks of a part may have stored weights again
+
+
+def take_off(call: Call) -> None:
+    """Takes a call off this thread's stack of modes, wherever it stands there: async tasks end in any order."""
+    above: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            mode = _pop_torch_function_stack()
+            if mode is call:
+                break
+            above.append(mode)
+    finally:
+        for mode in reversed(above):
+            _push_on_torch_function_stack(mode)
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory of its own process, at an address."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.layout != torch.strided:
@@ -413,12 +509,9 @@ def _packed_rows(batch: PackedSequence) -> Rows:
     return Rows(0, int(batch.batch_sizes[0]), order=order)
 
 
-_HIDDEN = (
-    "it did so inside a torch.autograd.Function, whose own backward would drop the gradient. Reentrant checkpointing is one: pass "
-    'use_reentrant=False (Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False})'
+_WRITTEN = (
+    "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
 )
-
-_WRITTEN = "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _IN_PLACE: dict[Any, bool] = {torch.Tensor.__setitem__: True, torch.Tensor.data.__set__: True}  # type: ignore[attr-defined]
 
@@ -432,7 +525,9 @@ def _writes(func: Any, kwargs: Any) -> bool:
     return found or ("out" in kwargs and kwargs["out"] is not None)
 
 
-_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "mod"))
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor", "mod")
+)
 
 
 def _flattens() -> bool:
@@ -443,6 +538,9 @@ def _flattens() -> bool:
 
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
 _RAW = METADATA | {
+    torch.autograd.grad,  # by the means, which are the leaves
+    torch.autograd.backward,
+    torch.Tensor.backward,
     torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
     torch.Tensor.data_ptr,
@@ -450,6 +548,11 @@ _RAW = METADATA | {
     torch.Tensor.register_hook,
     torch.Tensor.register_post_accumulate_grad_hook,
     torch.Tensor.untyped_storage,
+    torch.Tensor._typed_storage,
+    torch.Tensor.storage,
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.Tensor._reduce_ex_internal,
     torch.Tensor.is_shared,
     torch.Tensor.__repr__,
     torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]

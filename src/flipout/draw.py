@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
 import os
@@ -17,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
-from flipout.samples import Sample, Target
+from flipout.hooks import clear
 from flipout.rows import Layout
+from flipout.samples import Sample, Target
 from flipout.select import Selection, Site, held, hooks_on
 from flipout.sharded import whole
 from flipout.weight import Origin, PerturbedWeight, Term
@@ -55,8 +55,6 @@ class Draw:
     running = 0
     #: What looks up the parameters as the module stands.
     selection: Selection | None = None
-    #: The hooks of a module that is perturbed in place.
-    calls: Any = None
 
     def __init__(
         self,
@@ -87,6 +85,26 @@ class Draw:
         self._fixed: dict[int, Tensor] = {}
         self._layouts: dict[tuple[int | None, int], Layout] = {}
         self._carriers: dict[tuple[int, Layout], tuple[Tensor, Any, Tensor]] = {}
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What was drawn. Resampling makes another list."""
+        return self._samples
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The source of the draw; None for torch's global generators."""
+        return self._generator
+
+    def as_it_was(self, samples: list[Sample], generator: torch.Generator | None) -> Draw:
+        """The same draw with the samples that it had, and with a generator for what operations draw."""
+        past = Draw.__new__(Draw)
+        past.members, past.estimator, past.owner, past.read = self.members, self.estimator, self.owner, False
+        past._module, past._sites, past._log_std, past._fallback = self._module, self._sites, self._log_std, self._fallback
+        past._generator, past._samples, past._home = generator, samples, None
+        past._fixed, past._layouts, past._carriers = {}, {}, {}
+        past.is_one_weight = self.is_one_weight
+        return past
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -132,7 +150,9 @@ class Draw:
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
             scale = self._log_std.get(site.name)
             if scale is None and site.noise.learnable:
-                raise DrawError(f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there")
+                raise DrawError(
+                    f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there"
+                )
             if scale is not None and scale.device.type == "meta" and mean.device.type != "meta":
                 raise DrawError(
                     f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as its module "
@@ -220,8 +240,7 @@ class Draw:
         """
         self._index(n)
         self.require_standing()
-        hooks = contextlib.nullcontext() if self.calls is None else self.calls.lifted()
-        with torch.no_grad(), hooks, _UNMODED():  # hooks would be copied along
+        with torch.no_grad(), _UNMODED():
             try:
                 plain = copy.deepcopy(self._module, _activations(self._module))
             except Exception as error:
@@ -229,6 +248,7 @@ class Draw:
                     f"{type(self._module).__name__} cannot be copied ({type(error).__name__}: {error}); take draw.weights({n}), for "
                     "torch.func.functional_call or a module that you build"
                 ) from error
+            clear(plain)
             parameters = dict(plain.named_parameters(remove_duplicate=False))
             for name, weight in self.weights(n).items():
                 if name not in parameters or parameters[name].device.type == "meta":
@@ -337,7 +357,9 @@ class Draw:
         return index
 
     def __reduce__(self) -> Any:
-        raise DrawError("a draw is held in one process and is neither copied nor pickled; hand over draw.weights(n) or draw.module(n)")
+        raise DrawError(
+            "a draw is held in one process and is neither copied nor pickled; hand over draw.weights(n) or draw.module(n)"
+        )
 
     def __repr__(self) -> str:
         return f"Draw(members={self.members}, estimator={self.estimator}, parameters={[s.name for s in self._sites]})"
@@ -378,9 +400,7 @@ def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     return (term.base * total.reshape(shape)).expand(mean.shape)
 
 
-def _drawing_device(
-    target: Target, site: Site, device: torch.device | None, generator: torch.Generator | None
-) -> torch.device:
+def _drawing_device(target: Target, site: Site, device: torch.device | None, generator: torch.Generator | None) -> torch.device:
     """Where to draw for a parameter: on its device, unless it was put on ``meta`` until the call that needs it (offloading)."""
     if target.mean.device.type != "meta":
         return target.mean.device

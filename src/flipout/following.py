@@ -421,7 +421,9 @@ def _concatenated(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     if len(facts) > 1 and all(isinstance(fact, Part) for fact in facts):
         if all(fact.row == facts[0].row for fact in facts):
             return facts[0]
-        return ordered(facts[0].over(dim, 1), torch.cat([f.over(0, p.shape[dim]).order for f, p in zip(facts, pieces, strict=True)]))
+        return ordered(
+            facts[0].over(dim, 1), torch.cat([f.over(0, p.shape[dim]).order for f, p in zip(facts, pieces, strict=True)])
+        )
     facts = [f.over(dim, p.shape[dim]) if isinstance(f, Part) else f for f, p in zip(facts, pieces, strict=True)]
     along = [fact for fact in facts if isinstance(fact, Rows) and fact.axis == dim]
     if not along:
@@ -760,7 +762,11 @@ def _added_at(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     index, source = _argument(args, kwargs, 2, "index"), _argument(args, kwargs, 3, "source")
     of_source = _of(tracker, source)
     if not isinstance(of_source, Rows) or of_source.axis != dim:
-        return _lost(x, fact) if isinstance(fact, Rows) and fact.axis == dim and of_source is not NONE else _joined(tracker, [fact, of_source])
+        return (
+            _lost(x, fact)
+            if isinstance(fact, Rows) and fact.axis == dim and of_source is not NONE
+            else _joined(tracker, [fact, of_source])
+        )
     return _placed(tracker, result, dim, index, fact, of_source)
 
 
@@ -802,7 +808,9 @@ def _strided(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     first = min(x.storage_offset(), result.storage_offset())
     memory = torch.full((x.untyped_storage().nbytes() // x.element_size() - first,), -1, dtype=torch.int32)
     stand = entries(fact, x.device).cpu().int()
-    memory.as_strided(x.shape, x.stride(), x.storage_offset() - first)[:] = stand.view([-1 if a == fact.axis else 1 for a in range(x.dim())])
+    memory.as_strided(x.shape, x.stride(), x.storage_offset() - first)[:] = stand.view(
+        [-1 if a == fact.axis else 1 for a in range(x.dim())]
+    )
     found = memory.as_strided(result.shape, result.stride(), result.storage_offset() - first)
     for axis in fits or range(result.dim()):
         order = found.movedim(axis, 0).flatten(1)
@@ -1017,7 +1025,17 @@ def _filled_at_random(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> 
 def _functions(names: str) -> Iterable[Any]:
     """The functions and methods of torch with the given names, and their in-place forms."""
     for name in names.split():
-        for home in (torch, torch.Tensor, F, torch.special, torch.linalg, torch._C._nn, torch._VF, torch._C.TensorBase, torch.functional):
+        for home in (
+            torch,
+            torch.Tensor,
+            F,
+            torch.special,
+            torch.linalg,
+            torch._C._nn,
+            torch._VF,
+            torch._C.TensorBase,
+            torch.functional,
+        ):
             for form in (name, f"{name}_"):
                 found = getattr(home, form, None)
                 if callable(found):

@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from flipout.calls import Call
+from flipout.calls import Call, take_off
 from flipout.compiled import run_eagerly
+from flipout.contexts import entered, setting
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
+from flipout.hooks import attach
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
+from flipout.recompute import level, note, noted
+from flipout.rows import Layout, Rows, count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import held
-from flipout.rows import Layout, Rows, Tracker, count_rows, first_batch, require_blocks, rows_dim
 from flipout.weight import operation_name
 
 __all__ = ["in_place", "perturbed"]
@@ -82,14 +86,21 @@ class LateDraw(Draw):
         self.estimator = net.estimator
         self.members, self.owner, self.read, self.is_one_weight = None, None, False, False
         self.started = False
+        self._again, self._event = noted(net.module, "draw"), note(net.module, "draw")
         if members is not None:
             self.start(members, None)
 
     def start(self, members: int, device: torch.device | None) -> None:
-        net = self._net
-        super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
-        self.selection = net._selection
+        net, again = self._net, None if self._again is None else self._again.repeated()
+        if again is None:
+            super().__init__(net.module, net.sites, {}, net.estimator, members, net.generator, net.fallback, device=device)
+            self.selection = net._selection
+        else:  # in a checkpointed region that runs again
+            vars(self).update(vars(again))
         self.started = True
+        if self._event is not None:
+            self._event.settle(self, True)
+        self._again = self._event = None
         self.stays_in_this_thread()
 
     def _require_members(self) -> None:
@@ -105,19 +116,18 @@ class LateDraw(Draw):
 def in_place(net: Perturbed, draw: Draw) -> Iterator[None]:
     """Perturbs ``net.module`` by a draw of it, for the operations of this thread inside the context.
 
-    Hooks on the module's parts learn how many rows a call has. ``draw.module(n)`` takes them off for its copy.
+    Hooks on the module's parts learn how many rows a call has. Copies of it do without them.
     """
-    span = draw.calls = Span(net, draw)
+    span = Span(net, draw)
     draw.running += 1
     try:
         span.attach()
-        with run_eagerly(), span:
+        with run_eagerly(), entered(span, "on", True), span:
             yield
         if not draw.read and (span.called or isinstance(draw, LateDraw)):  # members may also be evaluated elsewhere
             net.ledger.settle(span)
     finally:
         draw.running -= 1
-        draw.calls = None
         span.detach()
         span.close()
 
@@ -132,34 +142,26 @@ class Span(Call):
     def __init__(self, net: Perturbed, draw: Draw) -> None:
         self.net = net
         self.depth, self.called = 0, False
-        self.thread = threading.get_ident()
+        self.thread, self.level = threading.get_ident(), level()
         self._handles: list[Any] = []
         self._copies: dict[int, tuple[Any, int]] = {}
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
+    def __exit__(self, *reason: Any) -> None:
+        take_off(self)  # in another thread than its own it cannot be: it is off all the same, and does nothing there
+
     # --- calls of parts ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        for part in self.module.modules():
-            self._handles.append(part.register_forward_pre_hook(_Hook(self.enter), with_kwargs=True, prepend=True))
-            self._handles.append(part.register_forward_hook(_Hook(self.leave), always_call=True))
+        self._handles = attach(self.module, self.enter, self.leave)
 
     def detach(self) -> None:
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
 
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Takes the hooks off for a while."""
-        self.detach()
-        try:
-            yield
-        finally:
-            self.attach()
-
-    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        if threading.get_ident() != self.thread or self.repeats:
+    def enter(self, part: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if not self._is_here():
             return
         self.depth += 1
         if self.depth > 1:
@@ -167,6 +169,7 @@ class Span(Call):
         try:
             self.called = True
             net, draw = self.net, self.draw
+            kwargs = kwargs or {}
             first = first_batch(args, kwargs)
             fact = self.tracker.find(first) if isinstance(first, Tensor) else None
             if isinstance(fact, Rows) and part is not self.module:  # what another part returned
@@ -180,7 +183,7 @@ class Span(Call):
                 draw.require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
-                self.tracker = Tracker(draw.members, draw.owner)
+                self.tracker = self._new_tracker()
             self.tracker.members = draw.members
             self.tracker.forget_the_dead()
             self.layout = draw.layout(rows, dim)
@@ -194,20 +197,30 @@ class Span(Call):
             raise
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self.thread and not self.repeats:
+        if self._is_here():
             self.depth = max(self.depth - 1, 0)
+
+    def _is_here(self) -> bool:
+        """Whether a call of a part belongs to this stretch.
+
+        Not in other threads and async tasks, nor where a backward pass runs a region again.
+        """
+        if threading.get_ident() != self.thread or self.level != level() or self._task != torch._C._current_graph_task_id():
+            return False
+        return bool(setting(self, "on", False))
 
     # --- operations outside of them -------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.depth == 0 and not self.repeats:
-            if _inside_optimizer():
-                return func(*args, **(kwargs or {}))
-            if _is_upkeep(func):
-                result = func(*args, **(kwargs or {}))
-                if func in _COPIES and type(result) is Tensor and args and result is not args[0]:
-                    self._note_copy(result, args[0])
-                return result
+        if not setting(self, "on", False):  # another async task of this thread
+            return func(*args, **(kwargs or {}))
+        if self.depth == 0 and ((upkeep := _is_upkeep(func)) or _inside_optimizer()):
+            if self._meets(args, kwargs):
+                self.regions.pass_by(self)
+            result = func(*args, **(kwargs or {}))
+            if upkeep and func in _COPIES and type(result) is Tensor and args and result is not args[0]:
+                self._note_copy(result, args[0])
+            return result
         return super().__torch_function__(func, types, args, kwargs)
 
     def _note_copy(self, copy: Tensor, original: Any) -> None:
@@ -221,6 +234,13 @@ class Span(Call):
             raise self._copied(i)
         super()._refuse_copies(value)
 
+    def _meets(self, args: Any, kwargs: Any) -> bool:
+        """Whether selected parameters are among the arguments, where a checkpointed region has to know."""
+        if not self.regions.inside():
+            return False
+        found = [self.tracker.find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        return any(type(fact) is int for fact in found)
+
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         if isinstance(self.draw, LateDraw) and not self.draw.started:
             raise DrawError(
@@ -228,30 +248,6 @@ class Span(Call):
                 "rows there are; call the module first, or pass perturbed(..., members=N)"
             )
         return super()._meet(i, mean, func)
-
-
-class _Hook:
-    """A hook of a context, of which copies of the module keep nothing that does anything."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _nothing(*args: Any) -> None:
-    """The hook of a copy."""
-
-
-def _no_hook() -> Any:
-    return _nothing
 
 
 def _is_upkeep(func: Any) -> bool:

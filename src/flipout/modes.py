@@ -11,8 +11,13 @@ __all__ = ["autocast", "autocasts", "composed", "owned", "transformed"]
 
 
 def transformed() -> bool:
-    """Whether ``torch.compile`` or a ``torch.func`` transform is tracing: then nothing may be written in place."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether ``torch.compile``, a ``torch.func`` transform or a dispatch mode is tracing: then nothing may be written in place.
+
+    Selective checkpointing is such a mode: it keeps the results of operations, and refuses those that were written into.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def composed(*tensors: Tensor | None) -> bool:

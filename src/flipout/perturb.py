@@ -18,7 +18,7 @@ from flipout.draw import Draw, offloaded_to
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.recompute import HIDDEN_CALL, inside_function, outer_draws, repeated_draw
+from flipout.recompute import HIDDEN_CALL, inside_function, note, noted
 from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import SCALES, Selection, Site, check_generator, held
 
@@ -155,18 +155,27 @@ class Perturbed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module. All arguments are its own."""
         draw: Draw | None = setting(self, "draw", None)
-        if draw is None and not (self.training or setting(self, "sampling", False)):
+        random = draw is not None or self.training or setting(self, "sampling", False)
+        compiling, again = torch.compiler.is_compiling(), None
+        if not compiling:
+            again = noted(self.module, "call")
+            if again is not None:  # a checkpointed region that runs again: as it ran first, whatever has been set since
+                draw = again.repeated()
+                random = draw is not None
+        if not random:
+            if not compiling:
+                note(self.module, "call")
             return self.module(*args, **kwargs)
         rows = count_rows(self.module, self.batch_dim, args, kwargs, self.rows)
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._run(draw, rows, args, kwargs)
         if not torch.is_grad_enabled() and inside_function():
             raise DrawError(HIDDEN_CALL)
         with run_eagerly():
-            return self._run(repeated_draw(self) or draw, rows, args, kwargs)
+            return self._run(draw, rows, args, kwargs, again is not None)
 
-    def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
+    def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any, again: bool = False) -> Any:
+        made, compiling = draw is None, torch.compiler.is_compiling()
         if draw is None:
             draw = self._draw(rows, self.generator, args, kwargs)
         else:
@@ -175,9 +184,11 @@ class Perturbed(nn.Module):
             if draw.owner is None:
                 require_blocks(rows, draw.members, self.batch_dim)
             elif rows != len(draw.owner):
-                raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
+                raise BatchError(
+                    f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}"
+                )
         if not compiling:
-            outer_draws(self, draw)
+            note(self.module, "call", draw, made or again)
         call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
         call.arguments(args, kwargs)
         if not compiling:
@@ -288,9 +299,13 @@ class Perturbed(nn.Module):
         """
         members = member_count(members)
         check_generator(generator, self.sites)
-        draw = self._draw(members, self.generator if generator is None else generator)
-        if owner is not None:
-            draw.owner = checked_owner(owner, members)
+        again = noted(self.module, "draw")
+        draw = None if again is None else again.repeated()
+        if draw is None:
+            draw = self._draw(members, self.generator if generator is None else generator)
+            if owner is not None:
+                draw.owner = checked_owner(owner, members)
+        note(self.module, "draw", draw, True)
         return draw
 
     @contextmanager
@@ -419,7 +434,7 @@ def checked_owner(owner: Any, members: int) -> Tensor:
         ArgumentError: if it does not.
     """
     good = isinstance(owner, Tensor) and owner.dim() == 1 and not owner.is_floating_point() and owner.dtype != torch.bool
-    if not good or (owner.numel() and not (0 <= int(owner.min()) and int(owner.max()) < members)):
+    if not good or (owner.numel() and not (int(owner.min()) >= 0 and int(owner.max()) < members)):
         found = f"{owner.dtype} {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
         raise ArgumentError(f"owner={found}: expected one member index for each row, whole numbers from 0 to {members - 1}")
     return owner.long()

@@ -14,7 +14,20 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import BatchError
 
-__all__ = ["Layout", "Mixed", "Part", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
+__all__ = [
+    "Layout",
+    "Mixed",
+    "Part",
+    "Rows",
+    "Tracker",
+    "count_rows",
+    "entries",
+    "first_batch",
+    "ordered",
+    "own_rows_dim",
+    "require_blocks",
+    "rows_dim",
+]
 
 
 class Rows(NamedTuple):
@@ -104,17 +117,21 @@ class Tracker:
 
     Attributes:
         rows: the rows of the call's input, on its dimension ``dim``.
+        logs: where to note what rules are told.
+        replay: what rules were told when they ran first.
     """
 
-    def __init__(self, members: int | None = None, owner: Tensor | None = None) -> None:
+    def __init__(
+        self, members: int | None = None, owner: Tensor | None = None, logs: list[Any] | None = None, replay: Any = None
+    ) -> None:
         self.members, self.owner = members, owner
         self.rows: int | None = None
         self.dim = 0
+        self.logs: list[Any] = [] if logs is None else logs
+        self.replay = replay
         self._facts: dict[int, tuple[Any, Any]] = {}
         self._traced: dict[Tensor, Any] | None = {} if torch.compiler.is_compiling() else None
         self.landed: Rows | None = None
-        self.logs: list[Any] = []
-        self.replay: Any = None
 
     def consult(self, tensor: Tensor) -> Any:
         """:meth:`find` for a rule: what it is told is noted for a second run of the same operations, and repeated there."""

@@ -115,7 +115,8 @@ class Selection:
             groups.setdefault(key, []).append(slot)
         self._tied = {slot: ("tied", id(slots[0][0]), slots[0][1]) for slots in groups.values() if len(slots) > 1 for slot in slots}
         return [
-            (first.setdefault(key, i), None if t is None else t.shape) for i, (key, t) in enumerate(zip(keys, held_now, strict=True))
+            (first.setdefault(key, i), None if t is None else t.shape)
+            for i, (key, t) in enumerate(zip(keys, held_now, strict=True))
         ]
 
     def _stands(self) -> bool:

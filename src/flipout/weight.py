@@ -95,7 +95,7 @@ class PerturbedWeight(torch.Tensor):
         """The carrier with a linear function of each entry applied."""
         return self.replace(function(self.mean_weight), [term.map(function) for term in self.terms])
 
-    def where(self, x: Tensor, features: int, what: str) -> tuple[Tensor, Rows]:
+    def rows_in(self, x: Tensor, features: int, what: str) -> tuple[Tensor, Rows]:
         """Where the rows of ``x`` stand: see :meth:`flipout.rows.Layout.where`."""
         return self.batch.where(x, features, what)
 

@@ -10,7 +10,6 @@ S = {"w": ()}
 MASK = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
 
 
-
 def product(pair):
     return pair[0] * pair[1]
 
@@ -35,9 +34,20 @@ VECTORS = [
     Case("matrix_of_features", given(lambda m, x: x * m.w, w=(4, 5)), floats(4, 5)),
     Case("matrix_one_column", given(lambda m, x: x * m.w, w=(4, 1)), floats(4, 5)),
     Case("broadcast_tensors", given(lambda m, x: product(torch.broadcast_tensors(x, m.w)), **V), floats(5), local=True),
-    Case("broadcast_weight_first", given(lambda m, x: product(torch.broadcast_tensors(m.w[:, None], x)), **V), floats(5, 3), local=True),
+    Case(
+        "broadcast_weight_first",
+        given(lambda m, x: product(torch.broadcast_tensors(m.w[:, None], x)), **V),
+        floats(5, 3),
+        local=True,
+    ),
     Case("broadcast_to_column", given(lambda m, x: product(torch.broadcast_tensors(x, m.w)), **V), floats(4, 1), local=True),
-    Case("broadcast_weights", given(lambda m, x: x * product(torch.broadcast_tensors(m.w, m.v)), w=(5,), v=()), floats(5), affine=False, local=True),
+    Case(
+        "broadcast_weights",
+        given(lambda m, x: x * product(torch.broadcast_tensors(m.w, m.v)), w=(5,), v=()),
+        floats(5),
+        affine=False,
+        local=True,
+    ),
     Case("vector_broadcasts_data", given(lambda m, x: x * m.w, **V), floats(4, 1), local=True),
 ]
 

@@ -110,7 +110,9 @@ class Worker:
         """Its learnable scales, no longer what they started as."""
         with torch.no_grad():
             for i, parameter in enumerate(net.noise_parameters()):
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=parameter.dtype), alpha=0.3)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=parameter.dtype), alpha=0.3
+                )
         return net
 
     def evolves(self) -> Any:
@@ -246,7 +248,9 @@ class Worker:
             with net.hold(ROWS, generator=own(self.rank)), ref.hold(ROWS, generator=own(self.rank)):
                 again = gap(outer(self.x), ref(self.x))
             return [{"output": again, "spread": 1.0}]
-        return [{"output": gap(y, expected), "spread": float(expected.std(0).max()), "norm": abs(float(norm.sqrt() - wanted.norm()))}]
+        return [
+            {"output": gap(y, expected), "spread": float(expected.std(0).max()), "norm": abs(float(norm.sqrt() - wanted.norm()))}
+        ]
 
     def ddp(self, noise: flipout.Noise, estimator: flipout.Estimator, how: str) -> Any:
         ref = self.whole(noise, estimator)

@@ -45,7 +45,9 @@ class Layer(nn.Module):
 
 
 def wrapped(module: nn.Module, estimator: str, **options: Any) -> flipout.Perturbed:
-    return flipout.Perturbed(module, flipout.Gaussian(0.3), LISTED[estimator], generator=torch.Generator().manual_seed(2), **options)
+    return flipout.Perturbed(
+        module, flipout.Gaussian(0.3), LISTED[estimator], generator=torch.Generator().manual_seed(2), **options
+    )
 
 
 def linear(draw: flipout.Draw, n: int) -> Tensor:
@@ -269,7 +271,10 @@ def test_unmet(met: str, unmet: str, place: str, estimator: str) -> None:
 def test_a_context_in_which_nothing_happens() -> None:
     """perturbed() asks for a use; members of a population may be evaluated elsewhere, but a call that hides its weights is told."""
     module = Layer(MET["all"])
-    with pytest.raises(DrawError, match="none of the perturbed parameters"), flipout.perturbed(module, flipout.Gaussian(0.1), members=N):
+    with (
+        pytest.raises(DrawError, match="none of the perturbed parameters"),
+        flipout.perturbed(module, flipout.Gaussian(0.1), members=N),
+    ):
         pass
     with flipout.perturbed(module, flipout.Gaussian(0.1), members=N) as draw:
         draw.weights(0)
@@ -451,7 +456,9 @@ def test_a_wrapper_inside_keeps_its_scales_to_itself(estimator: str) -> None:
         assert list(outer.noises) == ["2.weight", "2.bias"]
         outer(x()).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(flipout.ArgumentError, match=r"'0\.module\.weight' and 1 more are perturbed by the Perturbed at '0'.*exclude"):
+    with pytest.raises(
+        flipout.ArgumentError, match=r"'0\.module\.weight' and 1 more are perturbed by the Perturbed at '0'.*exclude"
+    ):
         flipout.Perturbed(model, flipout.Gaussian(0.1), LISTED[estimator])
     with pytest.raises(flipout.ArgumentError, match="matches no parameter"):
         flipout.Perturbed(model, flipout.Gaussian(0.1), LISTED[estimator], include="0.log_std.*")

@@ -97,7 +97,9 @@ class Population:
             scale: of the sum.
             generation, std: whose perturbations.
         """
-        totals = {site.name: torch.zeros(site.mean.shape, dtype=site.mean.dtype, device=site.mean.device) for site in self.net.sites}
+        totals = {
+            site.name: torch.zeros(site.mean.shape, dtype=site.mean.dtype, device=site.mean.device) for site in self.net.sites
+        }
         device = next(iter(totals.values())).device
         signed = weights.view(-1, 2)[:, 0] - weights.view(-1, 2)[:, 1] if self.antithetic else weights
         signed, targets, each = (signed * scale).to(device), self._targets(), self.each

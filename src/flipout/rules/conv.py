@@ -96,7 +96,7 @@ def convolve(x: Tensor, weight: Any, bias: Any, geometry: Geometry, what: str) -
             f"{what} met {some.origin.name!r} with an unbatched input of shape {tuple(x.shape)}, but the draw has "
             f"{some.batch.members} members; add a batch dimension"
         )
-    x, place = some.where(x, x.dim() - 1, what)
+    x, place = some.rows_in(x, x.dim() - 1, what)
     weight, bias = (p.at(place) if isinstance(p, PerturbedWeight) else p for p in (weight, bias))
     plain_bias = None if isinstance(bias, PerturbedWeight) else bias
     if isinstance(weight, PerturbedWeight):

@@ -74,7 +74,7 @@ def einsum(*args: Any) -> Tensor:
         )
     weight, x = carriers[0], next(operand for operand in operands if operand is not carriers[0])
     if weight.batch.members is not None:
-        x, place = weight.where(x, 0, f"einsum {','.join(read[:2])}->{read.result}")
+        x, place = weight.rows_in(x, 0, f"einsum {','.join(read[:2])}->{read.result}")
         weight = weight.at(place)
     if not set(read.data) & set(read.weight) & set(read.result):
         return _as_linear(x, weight, read)

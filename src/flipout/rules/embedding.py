@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
-from flipout.modes import transformed
 from flipout.registry import rule
 from flipout.rows import Rows
 from flipout.rules.axes import broadcast, reshape, take
@@ -52,7 +51,7 @@ def lookup(indices: Tensor, weight: PerturbedWeight, read: Any, padding_idx: int
         part = reshape(part, (*index.shape, *part.mean_weight.shape[1:]))
         part = listed(part, part.dense()) if index.shape[:1] == (1,) else part
         return part if index is indices else broadcast(part, (*indices.shape, *part.mean_weight.shape[indices.dim() :]))
-    indices, place = weight.where(indices, 0, "a lookup")
+    indices, place = weight.rows_in(indices, 0, "a lookup")
     weight, axis = weight.at(place), place.axis
     rows = indices.shape[axis]
     y: Tensor = read(indices, weight.mean_weight)

@@ -30,7 +30,7 @@ def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tens
         ``x`` as ``[A, N, T, in]`` with members on axis 1; ``x`` itself, expanded to the batch if all examples share it; the weight with
         these members; where the rows stand.
     """
-    x, place = weight.where(x, 1, what)
+    x, place = weight.rows_in(x, 1, what)
     outer = place.outer
     if place.order is not None or weight.batch.owner is not None:
         weight, outer = weight.at(place), 1
@@ -89,7 +89,7 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     if not isinstance(weight, PerturbedWeight):
         return _plain_product(input, weight, bias)
     if input.dim() == 2 and input.shape[0] == weight.batch.members and weight.batch.owner is None:
-        input, place = weight.where(input, 1, "linear")
+        input, place = weight.rows_in(input, 1, "linear")
         fused = _fused(input, weight, bias, place) if place.blocks else None
         if fused is not None:
             return _add_bias(fused[0], fused[1], place)
@@ -113,7 +113,7 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 def _plain_product(input: Tensor, weight: Tensor, bias: PerturbedWeight) -> Tensor:
     """A linear map of which the bias alone is perturbed."""
-    _, place = bias.where(input, 1, "linear") if bias.batch.members is not None else (input, None)
+    _, place = bias.rows_in(input, 1, "linear") if bias.batch.members is not None else (input, None)
     return _add_bias(F.linear(input, weight), bias, place)
 
 
@@ -179,7 +179,7 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
             f"LocalReparameterization met {origin.name!r} joined with another perturbed weight before a linear map: it does not "
             "know the law of the result; use Flipout(), or exclude one of them"
         )
-    _, place = weight.where(input, 1, "linear") if input.dim() == 2 else (input, None)
+    _, place = weight.rows_in(input, 1, "linear") if input.dim() == 2 else (input, None)
     if place is None or not place.blocks or place.axis or input.shape[0] != layout.members or layout.owner is not None:
         raise UnsupportedNoiseError(
             f"LocalReparameterization met {origin.name!r} in a linear map of an input of shape {tuple(input.shape)} for "
@@ -227,7 +227,7 @@ def _left(weight: PerturbedWeight, x: Tensor) -> Tensor:
 def _stacked(x: Tensor, weight: PerturbedWeight) -> Tensor:
     """x @ W for a stack W [..., in, out] that each example sees whole: x is [N, ..., rows, in]."""
     ndim = weight.mean_weight.dim()
-    x, place = weight.where(x, min(ndim, x.dim() - 1), "matmul with a stack of matrices")
+    x, place = weight.rows_in(x, min(ndim, x.dim() - 1), "matmul with a stack of matrices")
     weight, axis = weight.at(place), place.axis
     if x.dim() - axis - 1 < ndim or weight.batch.members is None:
         raise BatchError(
@@ -356,7 +356,9 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
     x1, input1, weight, place = _blocks(input1, plain, "bilinear")
     x2, _, _, other = _blocks(input2, plain, "bilinear")
     if not place.same(other):
-        raise BatchError(f"bilinear met {weight.origin.name!r} with two inputs whose rows stand in different places: {place}, {other}")
+        raise BatchError(
+            f"bilinear met {weight.origin.name!r} with two inputs whose rows stand in different places: {place}, {other}"
+        )
     y = F.bilinear(x1, x2, weight.mean_weight)
     for term in weight.terms:
         sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]

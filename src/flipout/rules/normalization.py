@@ -67,7 +67,7 @@ def _affine_channels(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
     def rows_of(parameter: Any) -> Tensor:
         if isinstance(parameter, PerturbedWeight):
-            _, place = parameter.where(y, y.dim() - 1, "normalisation")
+            _, place = parameter.rows_in(y, y.dim() - 1, "normalisation")
             parameter = parameter.at(place)
         values = per_row(parameter, y.shape[0])
         return values.view(*values.shape, *[1] * (y.dim() - 2))

@@ -51,7 +51,9 @@ def on_place(weight: PerturbedWeight, ndim: int, place: Rows, what: str) -> Tens
     """The members' weights, broadcastable to a tensor of ``ndim`` axes whose rows stand at ``place``."""
     lead = ndim - weight.mean_weight.dim()
     if lead < 0:
-        raise BatchError(f"{what} has no axis for the rows in {ndim} axes of {weight.origin.name!r} {tuple(weight.mean_weight.shape)}")
+        raise BatchError(
+            f"{what} has no axis for the rows in {ndim} axes of {weight.origin.name!r} {tuple(weight.mean_weight.shape)}"
+        )
     if place.axis >= lead:
         weight = narrowed_to_one(weight, place.axis - lead)
     shape = [1] * lead + list(weight.mean_weight.shape)
@@ -291,13 +293,15 @@ def _choice(condition: Any, input: Any, other: Any) -> Tensor:
         if isinstance(value, Tensor) and not isinstance(value, PerturbedWeight):
             fact = carriers[0].batch.known(value)
             if isinstance(fact, Mixed) and fact is not NONE:
-                carriers[0].where(value, 0, "where")
+                carriers[0].rows_in(value, 0, "where")
             if isinstance(fact, Rows):
                 places.append(fact._replace(axis=fact.axis + ndim - value.dim()))
             constant = constant and (fact is NONE or not value.dim() or (value.dim() == ndim > dim and value.shape[dim] == 1))
     if not places and constant and carriers[0].batch.members is not None:  # what all examples share: a weight again
         values = torch.where(*(_lifted(v.dense(), ndim) if isinstance(v, PerturbedWeight) else v for v in operands))
-        return PerturbedWeight(values.new_zeros(values.shape[1:]), (Term(values, per_member=True),), carriers[0].batch, carriers[0].origin)
+        return PerturbedWeight(
+            values.new_zeros(values.shape[1:]), (Term(values, per_member=True),), carriers[0].batch, carriers[0].origin
+        )
     if not places or carriers[0].batch.members is None or not all(place.same(places[0]) for place in places):
         raise missing_rule(torch.where, carriers[0], operands, "its other operands have no rows, or in different places")
     return torch.where(*(on_place(v, ndim, places[0], "where") if isinstance(v, PerturbedWeight) else v for v in operands))
@@ -332,7 +336,7 @@ def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
 def prelu(input: Tensor, weight: PerturbedWeight) -> Tensor:
     """A slope per channel (or one): max(0, x) + w_n min(0, x). Channels are axis 1 of a batched input."""
     require_data(F.prelu, input)
-    x, place = weight.where(input, max(input.dim() - 1, 0), "prelu")
+    x, place = weight.rows_in(input, max(input.dim() - 1, 0), "prelu")
     (x,) = autocast(x)
     slopes = per_row(weight.at(place), x.shape[place.axis]).to(x.dtype)
     channels = slopes.shape[1]

@@ -14,7 +14,18 @@ from flipout.estimators import LocalReparameterization
 from flipout.rows import Mixed, Rows, entries, ordered
 from flipout.weight import Layout, PerturbedWeight
 
-__all__ = ["Batch", "Weights", "batch_of", "first_rows", "is_fresh", "on_rows", "place_of", "per_step", "refuse_local", "require_states"]
+__all__ = [
+    "Batch",
+    "Weights",
+    "batch_of",
+    "first_rows",
+    "is_fresh",
+    "on_rows",
+    "place_of",
+    "per_step",
+    "refuse_local",
+    "require_states",
+]
 
 
 class Weights(NamedTuple):
@@ -97,7 +108,9 @@ def place_of(carriers: Sequence[PerturbedWeight], x: Tensor, axis: int, what: st
     unknown = not isinstance(fact, (Rows, Mixed))
     if unknown and (size == layout.rows if layout.rows is not None else size % (layout.members or 1) == 0):
         return Rows(axis, size)
-    told = f" {fact.why}" if isinstance(fact, Mixed) else f", whose rows stand on axis {fact.axis}" if isinstance(fact, Rows) else ""
+    told = (
+        f" {fact.why}" if isinstance(fact, Mixed) else f", whose rows stand on axis {fact.axis}" if isinstance(fact, Rows) else ""
+    )
     raise BatchError(
         f"{what} met {name!r} with a batch of {size} sequences in an input of shape {tuple(x.shape)}{told}, but the module's own input "
         f"has {layout.rows if layout.rows is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
@@ -106,9 +119,7 @@ def place_of(carriers: Sequence[PerturbedWeight], x: Tensor, axis: int, what: st
     )
 
 
-def batch_of(
-    carriers: Sequence[PerturbedWeight], rows: int, x: Tensor, packed: bool, batch_first: bool, what: str
-) -> Batch:
+def batch_of(carriers: Sequence[PerturbedWeight], rows: int, x: Tensor, packed: bool, batch_first: bool, what: str) -> Batch:
     """The members of the sequences of a batch."""
     layout, name = carriers[0].batch, carriers[0].origin.name
     if layout.members is None:
@@ -122,7 +133,9 @@ def batch_of(
             "give the module the PackedSequence, pack inside the call, or pass a padded batch"
         )
     if layout.rows is not None and rows != layout.rows:
-        raise BatchError(f"{what} met {name!r} with a packed batch of {rows} sequences, but the module's own input has {layout.rows} rows")
+        raise BatchError(
+            f"{what} met {name!r} with a packed batch of {rows} sequences, but the module's own input has {layout.rows} rows"
+        )
     return Batch(rows, layout.index(ordered(fact, entries(fact, x.device)[:rows])))
 
 

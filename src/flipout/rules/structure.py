@@ -7,14 +7,13 @@ factors; sign bits are left packed wherever the axes they vary along survive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flipout.estimators import Estimator
 from flipout.errors import BatchError
+from flipout.estimators import Estimator
 from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Rows
 from flipout.rules.axes import broadcast, permute, reshape, take
@@ -251,7 +250,9 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight | 
     ndim = first.mean_weight.dim()
     dim %= ndim
     means = [t.mean_weight if isinstance(t, PerturbedWeight) else t for t in tensors]
-    place = next((fact for t in tensors if not isinstance(t, PerturbedWeight) and isinstance(fact := first.batch.known(t), Rows)), None)
+    place = next(
+        (fact for t in tensors if not isinstance(t, PerturbedWeight) and isinstance(fact := first.batch.known(t), Rows)), None
+    )
     if place is not None and place.axis != dim:  # each row is joined with its member's own
         data = next(t for t in tensors if not isinstance(t, PerturbedWeight))
         whole = [_expanded_to(t, data, dim, place) if isinstance(t, PerturbedWeight) else t for t in tensors]
@@ -276,9 +277,13 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> PerturbedWeight | 
 def _expanded_to(weight: PerturbedWeight, data: Tensor, dim: int, place: Rows) -> Tensor:
     """The members' weights in the shape of data whose rows stand at ``place``, but for the axis that is joined."""
     own = weight.mean_weight
-    if own.dim() != data.dim() or any(n != m and axis != dim for axis, (n, m) in enumerate(zip(own.shape, data.shape, strict=True))):
+    if own.dim() != data.dim() or any(
+        n != m and axis != dim for axis, (n, m) in enumerate(zip(own.shape, data.shape, strict=True))
+    ):
         shapes = [tuple(data.shape), tuple(own.shape)]
-        raise missing_rule(torch.cat, weight, (data, weight), f"their shapes {shapes} do not fit: expand the weight to the rows of the batch")
+        raise missing_rule(
+            torch.cat, weight, (data, weight), f"their shapes {shapes} do not fit: expand the weight to the rows of the batch"
+        )
     return on_place(weight, data.dim(), place, "cat").expand(own.shape)
 
 
