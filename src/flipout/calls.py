@@ -2,8 +2,8 @@
 
 The module is never touched. Whatever torch operation meets a selected parameter, wherever that came from (an attribute, a list, a
 closure), is given its carrier, and the carrier hands the operation to its rule. Parameters are known by identity, looked up in the
-slots of the module as they stand at that moment, so that one which a hook has just put there (FSDP's whole one, an offloaded one) is
-found as well.
+slots of the module as they stand at that moment, so that one which a hook has just put there (FSDP's whole one, an offloaded one)
+is found as well.
 """
 
 from __future__ import annotations
@@ -61,14 +61,18 @@ class Ledger:
         kind = type(call.module).__name__
         if not met:
             raise DrawError(
-                f"none of the perturbed parameters of {kind} ({_listed([site.name for site in sites])}) met an operation, so the call "
-                "had no noise: its weights are hidden from torch's operations (compiled or TorchScript code, a C++ extension, copies "
+                f"none of the perturbed parameters of {kind} ({_listed([site.name for site in sites])}) met an operation, so "
+                f"the call "
+                "had no noise: its weights are hidden from torch's operations (compiled or TorchScript code, a C++ extension, "
+                "copies "
                 'made before the call), or it does not use them. Pass unmet="ignore" if that is meant'
             )
         absent = [site.name for i, site in enumerate(sites) if i not in met] + list(lost)
         text = (
-            f"{_listed(absent)} of {kind} met no operation in a call, so no noise on them had an effect. Exclude them if the call does "
-            "not use them; if it does, they are hidden from torch's operations (a C++ extension, TorchScript, a part that was replaced)"
+            f"{_listed(absent)} of {kind} met no operation in a call, so no noise on them had an effect. Exclude them if the "
+            f"call does "
+            "not use them; if it does, they are hidden from torch's operations (a C++ extension, TorchScript, a part that was "
+            "replaced)"
         )
         if self.unmet == "raise":
             raise DrawError(text)
@@ -223,8 +227,10 @@ class Call(TorchFunctionMode):
         made = self._weights.get(key)
         if is_sharded(mean):
             raise DrawError(
-                f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): tensor "
-                "parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. Perturbed weights "
+                f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): "
+                f"tensor "
+                "parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. Perturbed "
+                "weights "
                 f"are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
             )
         if made is None or made[0] is not mean:
@@ -261,8 +267,10 @@ class Call(TorchFunctionMode):
         draw = ref()
         if draw is None or not draw.running:
             raise DrawError(
-                f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something keeps it "
-                f"(a cache of weights) and would go on with old noise; compute it in each call, or pass exclude={weight.origin.name!r}"
+                f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something "
+                f"keeps it "
+                f"(a cache of weights) and would go on with old noise; compute it in each call, or pass "
+                f"exclude={weight.origin.name!r}"
             )
 
     # --- what a tensor is -------------------------------------------------------------------------------------------------
@@ -322,7 +330,8 @@ class Call(TorchFunctionMode):
     def _copied(self, i: int) -> DrawError:
         name = self.sites[i].name
         return DrawError(
-            f"an operation met a view or a copy of the perturbed parameter {name!r} that was made before the call (a cached transpose, "
+            f"an operation met a view or a copy of the perturbed parameter {name!r} that was made before the call (a cached "
+            f"transpose, "
             ".detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside the call, or pass "
             f"exclude={name!r}"
         )
@@ -358,7 +367,8 @@ class Call(TorchFunctionMode):
                 name = leaf.origin.name if type(leaf) is PerturbedWeight else self.sites[fact].name if type(fact) is int else None
                 if name is not None:
                     raise BatchError(
-                        f"{type(self.module).__name__} returned the perturbed weight {name!r} {tuple(leaf.shape)} itself, which has no "
+                        f"{type(self.module).__name__} returned the perturbed weight {name!r} {tuple(leaf.shape)} itself, which "
+                        f"has no "
                         "rows; combine it with the input first, or read it with hold() and draw.weights(n)"
                     )
 
@@ -476,7 +486,7 @@ class Repetition(Call):
         return True
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
         self.close()  # hooks of a part may have stored weights again
 
 
@@ -536,27 +546,31 @@ def _flattens() -> bool:
     return not torch.compiler.is_compiling() and frame.f_code is nn.RNNBase.flatten_parameters.__code__
 
 
+def _accessors(*names: str) -> set[Any]:
+    """The functions that read and write properties of tensors."""
+    found = [getattr(torch.Tensor, name) for name in names]
+    return {accessor for each in found for accessor in (each.__get__, each.__set__)}
+
+
 #: What reads of a parameter nothing that noise would change, or has it for its own sake.
-_RAW = METADATA | {
-    torch.autograd.grad,  # by the means, which are the leaves
-    torch.autograd.backward,
-    torch.Tensor.backward,
-    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
-    torch.Tensor.data_ptr,
-    torch.Tensor.requires_grad_,
-    torch.Tensor.register_hook,
-    torch.Tensor.register_post_accumulate_grad_hook,
-    torch.Tensor.untyped_storage,
-    torch.Tensor._typed_storage,
-    torch.Tensor.storage,
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
-    torch.Tensor._reduce_ex_internal,
-    torch.Tensor.is_shared,
-    torch.Tensor.__repr__,
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._typed_storage,
-    torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]
-    getattr(torch, "_cudnn_rnn_flatten_weight", None),
-}
+_RAW = (
+    METADATA
+    | _accessors("grad", "_backward_hooks")
+    | {
+        torch.autograd.grad,  # by the means, which are the leaves
+        torch.autograd.backward,
+        torch.Tensor.backward,
+        torch.Tensor.data_ptr,
+        torch.Tensor.requires_grad_,
+        torch.Tensor.register_hook,
+        torch.Tensor.register_post_accumulate_grad_hook,
+        torch.Tensor.untyped_storage,
+        torch.Tensor._typed_storage,
+        torch.Tensor.storage,
+        torch.Tensor._reduce_ex_internal,
+        torch.Tensor.is_shared,
+        torch.Tensor.__repr__,
+        torch._C.TensorBase.requires_grad.__set__,  # type: ignore[attr-defined]
+        getattr(torch, "_cudnn_rnn_flatten_weight", None),
+    }
+)

@@ -133,17 +133,21 @@ class Draw:
         return [samples[target.name] for target in targets]
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
-        """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn, too."""
+        """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn,
+        too.
+        """
         site, sample = self._sites[i], self._samples[i]
         if mean.device.type == "meta" and sample.unit.device.type != "meta":
             raise DrawError(
-                f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its part; ask a "
+                f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its "
+                f"part; ask a "
                 "net that is not offloaded, whose draw under the same generator is the same"
             )
         sample = sample.like(mean)
         if mean.shape != site.shape:
             raise DrawError(
-                f"the parameter {site.name!r} has shape {tuple(mean.shape)}, and its draw was made for {tuple(site.shape)}: it was replaced "
+                f"the parameter {site.name!r} has shape {tuple(mean.shape)}, and its draw was made for {tuple(site.shape)}: it "
+                f"was replaced "
                 "since, or FSDP1 had it in pieces when the draw was made (make the draw inside the call, or use fully_shard)"
             )
         base, source = self._fixed.get(i), None
@@ -155,7 +159,8 @@ class Draw:
                 )
             if scale is not None and scale.device.type == "meta" and mean.device.type != "meta":
                 raise DrawError(
-                    f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as its module "
+                    f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as "
+                    f"its module "
                     "was given them (load_state_dict with assign=True), or wrap the module after it has got them"
                 )
             if scale is not None:
@@ -245,7 +250,8 @@ class Draw:
                 plain = copy.deepcopy(self._module, _activations(self._module))
             except Exception as error:
                 raise DrawError(
-                    f"{type(self._module).__name__} cannot be copied ({type(error).__name__}: {error}); take draw.weights({n}), for "
+                    f"{type(self._module).__name__} cannot be copied ({type(error).__name__}: {error}); take draw.weights({n}), "
+                    f"for "
                     "torch.func.functional_call or a module that you build"
                 ) from error
             clear(plain)
@@ -253,7 +259,8 @@ class Draw:
             for name, weight in self.weights(n).items():
                 if name not in parameters or parameters[name].device.type == "meta":
                     raise DrawError(
-                        f"a copy of {type(self._module).__name__} has no memory for {name!r}, which hooks bring and take away around "
+                        f"a copy of {type(self._module).__name__} has no memory for {name!r}, which hooks bring and take away "
+                        f"around "
                         f"its calls; take draw.weights({n}) in a call, or a module that is not offloaded"
                     )
                 parameters[name].copy_(weight)
@@ -279,7 +286,8 @@ class Draw:
             changed = changed or next((repr(name) for name in names - {site.name for site in sites}), None)
         if changed is not None:
             raise DrawError(
-                f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was replaced, or a "
+                f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was "
+                f"replaced, or a "
                 "tie made or cut since; make another draw"
             )
 
@@ -374,7 +382,7 @@ def changed_since(module: nn.Module, sites: Sequence[Site]) -> str | None:
             tensor = held(owner, attribute)
             here = paths.get(name.rpartition(".")[0]) is owner and tensor is not None and tensor.shape == site.shape
             alone = tensor is not None and (tensor.device.type == "meta" or seen.setdefault(id(tensor), site.name) == site.name)
-            if not here or not alone or (tensor is not site.mean and tensor.device.type != "meta"):
+            if not here or not alone or (tensor is not None and tensor is not site.mean and tensor.device.type != "meta"):
                 return repr(name)
     return None
 

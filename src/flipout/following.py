@@ -20,7 +20,7 @@ from flipout.weight import PerturbedWeight
 __all__ = ["follow"]
 
 Handler = Callable[[Tracker, tuple[Any, ...], dict[str, Any], Any], Any]
-_HANDLERS: dict[Any, Handler] = {}
+_HANDLERS: dict[Any, Any] = {}
 
 
 def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -28,7 +28,7 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
     landed, tracker.landed = tracker.landed, None
     if tracker.replay is not None:
         return
-    handler = _HANDLERS.get(func, _unknown)
+    handler: Handler = _HANDLERS.get(func, _unknown)
     if handler is _elementwise and len(args) == 1 and not kwargs and isinstance(result, Tensor):
         fact = tracker.find(args[0])
         tracker.note(result, UNKNOWN if fact is UNSEEN else fact)
@@ -113,7 +113,7 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     mixed = [fact for fact in known if isinstance(fact, Mixed)]
     if mixed:
         first = mixed[0]
-        if not isinstance(first, Part) or len(mixed) == len(known) and all(_same_part(tracker, first, fact) for fact in mixed):
+        if not isinstance(first, Part) or (len(mixed) == len(known) and all(_same_part(tracker, first, fact) for fact in mixed)):
             return first
         if len(mixed) == len([fact for fact in known if fact is not UNKNOWN]) and all(_same_part(tracker, first, f) for f in mixed):
             return first
@@ -130,8 +130,10 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     axes = sorted({fact.axis for fact in rows})
     if assumed is not None:
         raise BatchError(
-            f"the perturbed weight {assumed!r} was expanded to as many entries as the batch has rows, and meets data whose rows stand on "
-            f"another axis (axes {axes} of the result), so whether these entries were meant as rows cannot be told; exclude={assumed!r} "
+            f"the perturbed weight {assumed!r} was expanded to as many entries as the batch has rows, and meets data whose rows "
+            f"stand on "
+            f"another axis (axes {axes} of the result), so whether these entries were meant as rows cannot be told; "
+            f"exclude={assumed!r} "
             "leaves it unperturbed"
         )
     return Mixed(f"which was made of tensors whose rows stand in different places (axes {axes}), so that rows are mixed")
@@ -734,7 +736,7 @@ def _filled_in(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _along(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     """Gathers, scatters, sorts and running sums along a dimension: along the rows they mix them."""
-    x, fact = _first(tracker, args, kwargs)
+    x, _ = _first(tracker, args, kwargs)
     dim = _argument(args, kwargs, 1, "dim", -1)
     if not isinstance(dim, int):
         dim = kwargs.get("dim", -1)
@@ -1047,11 +1049,15 @@ def _register(handler: Handler, names: str) -> None:
         _HANDLERS[function] = handler
 
 
-_ELEMENTWISE = """abs absolute neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan
+_ELEMENTWISE = """abs absolute neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin
+acos atan
 arcsin arccos arctan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv relu relu6 elu selu celu gelu silu mish softplus
-softsign hardtanh hardswish hardsigmoid leaky_relu tanhshrink softshrink hardshrink threshold logsigmoid rrelu prelu dropout dropout1d
-dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_dropout clamp clip clamp_min clamp_max round floor ceil
-trunc fix frac sign sgn isnan isinf isfinite nan_to_num add sub subtract mul multiply div divide true_divide floor_divide remainder fmod
+softsign hardtanh hardswish hardsigmoid leaky_relu tanhshrink softshrink hardshrink threshold logsigmoid rrelu prelu dropout
+dropout1d
+dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_dropout clamp clip clamp_min clamp_max round
+floor ceil
+trunc fix frac sign sgn isnan isinf isfinite nan_to_num add sub subtract mul multiply div divide true_divide floor_divide
+remainder fmod
 pow float_power maximum minimum fmax fmin lerp addcmul addcdiv where eq ne lt le gt ge not_equal equal greater less greater_equal
 less_equal logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor masked_fill atan2 hypot
 copysign float double half bfloat16 int long short bool clone contiguous detach cpu cuda fill zero normal
@@ -1082,7 +1088,8 @@ _register(
 )
 _register(
     _matrixwise,
-    "inverse inv pinv pinverse qr svd svdvals cholesky eigh eigvalsh eig eigvals det slogdet logdet matrix_exp matrix_power matrix_norm "
+    "inverse inv pinv pinverse qr svd svdvals cholesky eigh eigvalsh eig eigvals det slogdet logdet matrix_exp matrix_power "
+    "matrix_norm "
     "solve lstsq lu_factor cond matrix_rank cdist",
 )
 _register(_joined_on(1, 2), "hstack")
@@ -1115,7 +1122,8 @@ _HANDLERS[F.unfold] = _HANDLERS[F.fold] = _leading
 _register(_strided, "as_strided")
 _register(
     _reduced,
-    "sum mean amax amin max min var std prod logsumexp any all argmax argmin median nanmedian mode nansum nanmean std_mean var_mean "
+    "sum mean amax amin max min var std prod logsumexp any all argmax argmin median nanmedian mode nansum nanmean std_mean "
+    "var_mean "
     "aminmax count_nonzero",
 )
 _register(_normed, "norm vector_norm")
@@ -1127,7 +1135,8 @@ _register(_bilinear, "bilinear")
 _register(_einsum, "einsum")
 _register(
     _leading,
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d "
+    "avg_pool2d "
     "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample grid_sample pixel_shuffle pixel_unshuffle one_hot multinomial "
     "max_pool1d_with_indices max_pool2d_with_indices fractional_max_pool2d max_unpool1d max_unpool2d channel_shuffle",
@@ -1171,7 +1180,7 @@ _register(_mirrored, "t adjoint")
 
 def _with_function(handler: Any, names: str) -> None:
     for function in _functions(names):
-        _HANDLERS[function] = lambda t, a, k, r, _f=function: handler(t, a, k, r, _f)  # type: ignore[misc]
+        _HANDLERS[function] = lambda t, a, k, r, _f=function: handler(t, a, k, r, _f)
 
 
 _with_function(_moved, "permute movedim moveaxis")

@@ -23,7 +23,7 @@ from flipout.hooks import attach
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
 from flipout.recompute import level, note, noted
-from flipout.rows import Layout, Rows, count_rows, first_batch, require_blocks, rows_dim
+from flipout.rows import Layout, Rows, batch_device, count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import held
 from flipout.weight import operation_name
 
@@ -178,7 +178,7 @@ class Span(Call):
                 dim = rows_dim(part, net.batch_dim)
                 rows = count_rows(part, dim, args, kwargs, net.rows if part is net.module else None)
             if isinstance(draw, LateDraw) and not draw.started:
-                draw.start(rows, None if first is None else getattr(first, "data", first).device)
+                draw.start(rows, None if first is None else batch_device(first))
             else:
                 draw.require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
@@ -244,7 +244,8 @@ class Span(Call):
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         if isinstance(self.draw, LateDraw) and not self.draw.started:
             raise DrawError(
-                f"{operation_name(func)} met the perturbed parameter {self.sites[i].name!r} before any call of the module told how many "
+                f"{operation_name(func)} met the perturbed parameter {self.sites[i].name!r} before any call of the module told "
+                f"how many "
                 "rows there are; call the module first, or pass perturbed(..., members=N)"
             )
         return super()._meet(i, mean, func)

@@ -19,7 +19,7 @@ from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, inside_function, note, noted
-from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
+from flipout.rows import batch_device, count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import SCALES, Selection, Site, check_generator, held
 
 __all__ = ["Perturbed"]
@@ -129,12 +129,14 @@ class Perturbed(nn.Module):
         other = [s.name for s in learnable if s.name not in new and s.shape != getattr(self.scales.get(s.name), "shape", s.shape)]
         if other:
             raise ArgumentError(
-                f"{', '.join(map(repr, other))}: the parameter has another shape than when it was wrapped, and its noise has learnable "
+                f"{', '.join(map(repr, other))}: the parameter has another shape than when it was wrapped, and its noise has "
+                f"learnable "
                 "scales of the shape it had; wrap the module again"
             )
         if new:
             raise ArgumentError(
-                f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; wrap the "
+                f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; "
+                f"wrap the "
                 "module again, so that they get scales of their own"
             )
 
@@ -207,7 +209,7 @@ class Perturbed(nn.Module):
 
     def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
         first = first_batch(args, kwargs or {})
-        device = None if first is None else getattr(first, "data", first).device
+        device = None if first is None else batch_device(first)
         draw = Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
         draw.selection = self._selection
         return draw
@@ -264,7 +266,8 @@ class Perturbed(nn.Module):
             The :class:`flipout.Draw`.
 
         Raises:
-            ArgumentError: if ``members`` is not a positive integer, the generator is of another device, or ``owner`` names no members.
+            ArgumentError: if ``members`` is not a positive integer, the generator is of another device, or ``owner`` names no
+            members.
             DrawError: if a draw is already held.
             BatchError: from calls whose rows do not divide into the members.
 
@@ -366,7 +369,9 @@ class Perturbed(nn.Module):
 
 
 class _Scales(Mapping[str, torch.Tensor]):
-    """The learnable scales by parameter name as they stand now, also where ``functional_call`` or FSDP has put others in their place."""
+    """The learnable scales by parameter name as they stand now, also where ``functional_call`` or FSDP has put others in their
+    place.
+    """
 
     def __init__(self, scales: nn.ParameterDict) -> None:
         self._owner = scales
@@ -401,7 +406,7 @@ def _check_estimator(estimator: Any, sites: Sequence[Site]) -> None:
         estimator.check(site.noise, site.name)
 
 
-def _refuse_overlap(module: nn.Module, sites: Sequence[Site]) -> None:
+def _refuse_overlap(module: Any, sites: Sequence[Site]) -> None:
     """Raises where a wrapper inside the module perturbs some of the same parameters."""
     if not isinstance(module, nn.Module):
         return
@@ -411,7 +416,8 @@ def _refuse_overlap(module: nn.Module, sites: Sequence[Site]) -> None:
             both = [slots[slot] for site in part.sites for slot in site.slots if slot in slots]
             if both:
                 raise ArgumentError(
-                    f"{both[0]!r} and {len(both) - 1} more are perturbed by the Perturbed at {path!r} inside this module already; exclude "
+                    f"{both[0]!r} and {len(both) - 1} more are perturbed by the Perturbed at {path!r} inside this module "
+                    f"already; exclude "
                     f"them here (exclude={(path + '.*').lstrip('.')!r}), or wrap what is in it (its .module)"
                 )
 
@@ -437,4 +443,5 @@ def checked_owner(owner: Any, members: int) -> Tensor:
     if not good or (owner.numel() and not (int(owner.min()) >= 0 and int(owner.max()) < members)):
         found = f"{owner.dtype} {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
         raise ArgumentError(f"owner={found}: expected one member index for each row, whole numbers from 0 to {members - 1}")
-    return owner.long()
+    members_of: Tensor = owner.long()
+    return members_of

@@ -1,9 +1,11 @@
 """Recomputation: parts of a call that autograd runs again in the backward pass, as ``torch.utils.checkpoint`` makes it.
 
 A non-reentrant checkpoint keeps a frame for each region, and a function that runs the region again when its saved tensors are asked
-for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes what its
+for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes
+what its
 first run met, and runs again under that: the calls that it was part of, as modes of their own, and the calls of wrappers inside it,
-with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors then: what rules
+with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors then: what
+rules
 found is noted, and read in the same order.
 
 What is noted refers to draws and modules, never to a call: a graph that is kept keeps no activations.
@@ -45,7 +47,7 @@ __all__ = [
     "unseen",
 ]
 
-_top = torch._C._autograd._top_saved_tensors_default_hooks
+_top: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -61,7 +63,8 @@ HIDDEN = (
     f"{_WAY_OUT}"
 )
 HIDDEN_CALL = (
-    "a perturbed net was called inside the forward of a torch.autograd.Function, which would call it again in the backward pass under "
+    "a perturbed net was called inside the forward of a torch.autograd.Function, which would call it again in the backward pass "
+    "under "
     f"another draw. Reentrant checkpointing is one: {_WAY_OUT}"
 )
 
@@ -94,7 +97,8 @@ def _is_checkpoint(pack: Any) -> bool:
     if name == _PACK and "frame" in pack.__code__.co_freevars:
         return True
     raise DrawError(
-        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way ({name}) that "
+        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way "
+        f"({name}) that "
         "this version of flipout does not know, so it could not be run again under the same weights; upgrade flipout, or switch "
         "checkpointing off"
     )
@@ -174,8 +178,10 @@ class Replay:
 
 
 _STRAYED = (
-    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, or called "
-    "perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends on one of them"
+    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, or "
+    "called "
+    "perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends on one "
+    "of them"
 )
 
 

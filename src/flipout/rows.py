@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "Rows",
     "Tracker",
+    "batch_device",
     "count_rows",
     "entries",
     "first_batch",
@@ -45,7 +46,7 @@ class Rows(NamedTuple):
     """
 
     axis: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of this name
     outer: int = 1
     inner: int = 1
     order: Tensor | None = None
@@ -82,7 +83,7 @@ class Part(Mixed):
     """The fact that all entries of a tensor belong to one row, of which it is a part: ``x[i]``."""
 
     row: int
-    count: int
+    count: int  # type: ignore[assignment]
 
     def __new__(cls, row: int, count: int) -> Part:
         part: Part = super().__new__(cls, "which is a part of one row")
@@ -326,9 +327,9 @@ class Layout:
         for axis in (dim, 0):
             if axis < free and sizes[axis] == 1 and rows is not None and (axis == dim or free == 1):
                 return x.expand(*sizes[:axis], rows, *x.shape[axis + 1 :]), Rows(axis, rows)
-        if free == 1 and dim == 0 and self.tracker is None and not shared:  # folded by a rule, in member-major blocks
-            if sizes[0] % max(rows or members, 1) == 0:
-                return x, Rows(0, sizes[0])
+        folded = free == 1 and dim == 0 and self.tracker is None and not shared  # by a rule, in member-major blocks
+        if folded and sizes[0] % max(rows or members, 1) == 0:
+            return x, Rows(0, sizes[0])
         known = f"the module's own input has {rows if rows is not None else 'k·' + str(members)} rows on batch_dim={dim}"
         shape = f"an input of shape {tuple(x.shape)}"
         if shared:
@@ -362,6 +363,11 @@ def first_batch(args: Any, kwargs: Any) -> Tensor | PackedSequence | None:
     leaves = tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
     batches = [leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))]
     return next((batch for batch in batches if not _is_number(batch)), batches[0] if batches else None)
+
+
+def batch_device(batch: Tensor | PackedSequence) -> torch.device:
+    """Where a batch lies."""
+    return batch.data.device if isinstance(batch, PackedSequence) else batch.device
 
 
 def _is_number(value: Any) -> bool:
@@ -409,7 +415,8 @@ def _require_no_larger(module: nn.Module, dim: int, args: Any, kwargs: Any) -> N
     for other in larger:
         if other.shape[dim] > 1:
             raise BatchError(
-                f"the first tensor of {type(module).__name__} has one entry, and another has shape {tuple(other.shape)}: which of them "
+                f"the first tensor of {type(module).__name__} has one entry, and another has shape {tuple(other.shape)}: which "
+                f"of them "
                 "counts the rows cannot be told; pass rows= with the name or the position of the argument that does"
             )
 

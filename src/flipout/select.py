@@ -44,7 +44,7 @@ class Site:
     matrix: str | None = None
     names: tuple[str, ...] = ()
     padding: int | None = None
-    shape: torch.Size = torch.Size()
+    shape: torch.Size = torch.Size()  # noqa: RUF009  (immutable)
 
     @property
     def mean(self) -> Tensor:
@@ -69,7 +69,8 @@ def held(owner: nn.Module, attribute: str) -> Tensor | None:
 class Selection:
     """The selected parameters of a module, as the module stands.
 
-    Parts may be replaced, parameters tied or put elsewhere after the selection was made: :meth:`sites` looks again where the tree of
+    Parts may be replaced, parameters tied or put elsewhere after the selection was made: :meth:`sites` looks again where the
+    tree of
     modules, the names of parameters or what is tied to what has changed.
 
     Args:
@@ -164,8 +165,10 @@ def select(
     flat = in_flat_pieces(module)
     if flat is not None:
         raise ArgumentError(
-            f"{flat!r} is a FullyShardedDataParallel (FSDP1), whose parameters lie in flat pieces between calls, so that no noise can be "
-            "drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without auto_wrap_policy around "
+            f"{flat!r} is a FullyShardedDataParallel (FSDP1), whose parameters lie in flat pieces between calls, so that no "
+            f"noise can be "
+            "drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without "
+            "auto_wrap_policy around "
             "the wrapper"
         )
     laws = dict(noise) if isinstance(noise, Mapping) else {"*": noise}

@@ -34,7 +34,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def in_flat_pieces(module: nn.Module) -> str | None:
-    """The name of the first part that FSDP1 (``FullyShardedDataParallel``) keeps in flat pieces, which are no parameters of its own."""
+    """The name of the first part that FSDP1 (``FullyShardedDataParallel``) keeps in flat pieces, which are no parameters of
+    its own.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return None

@@ -1,4 +1,6 @@
-"""One rank of the tests of sharded and replicated modules: run by torchrun, writes what it saw to the folder given as its argument."""
+"""One rank of the tests of sharded and replicated modules: run by torchrun, writes what it saw to the folder given as its
+argument.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Where the rows stand after an operation, told by the handlers of following.py and judged by what each entry depends on.
 
-The law: where a handler says that entry i of an axis is of row n, changing all other rows leaves that entry as it was. It may say that it
+The law: where a handler says that entry i of an axis is of row n, changing all other rows leaves that entry as it was. It may
+say that it
 does not know, but not for the forms that models are made of.
 """
 

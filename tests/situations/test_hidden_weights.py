@@ -381,7 +381,8 @@ def _trained(module: nn.Module, make: Callable[[Any], torch.optim.Optimizer], gr
     loaded = torch.load(saved)
     copied = copy.deepcopy(module)
     return {
-        "state": module.state_dict(), "loaded": loaded, "copied": copied.state_dict(), "average": average.state_dict(), "mean": mean,
+        "state": module.state_dict(), "loaded": loaded, "copied": copied.state_dict(), "average": average.state_dict(), "mean": "
+        "mean,
         "norms": norms, "optimiser": optimiser.state_dict(), "vector": nn.utils.parameters_to_vector(copied.parameters()).detach(),
     }  # fmt: skip
 

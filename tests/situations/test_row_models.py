@@ -110,7 +110,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, dict[str, Any]]] = {
     "CLIP, text": (_built("CLIPText", "Model", **_TEXT, bos_token_id=1, eos_token_id=2, pad_token_id=0), ending, {}),
     "CLIP, vision": (_built("CLIPVision", "Model", **_CLIP_VISION), image, {}),
     "DeBERTa-v2": (_built("DebertaV2", "Model", **_TEXT, **_DEBERTA), text, {}),
-    "Longformer": (_built("Longformer", "Model", **{**_TEXT, "max_position_embeddings": 40}, attention_window=[4, 4], **_SPECIAL), text, {}),
+    "Longformer": (_built("Longformer", "Model", **{**_TEXT, "max_position_embeddings": 40}, attention_window=[4, 4], "
+    "**_SPECIAL), text, {}),
     "T5": (_built("T5", "ForConditionalGeneration", vocab_size=VOCABULARY, **_T5), pair, {}),
     "Whisper": (
         _built(
@@ -122,8 +123,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, dict[str, Any]]] = {
     "ViT": (_built("ViT", "ForImageClassification", **_PATCHES, image_size=16, patch_size=4), image, {}),
     "DINOv2": (_built("Dinov2", "ForImageClassification", **_PATCHES, image_size=16, patch_size=4), image, {}),
     "LayoutLM": (_built("LayoutLM", "Model", **_TEXT, max_2d_position_embeddings=32), layout, {}),
-    "VideoMAE": (_built("VideoMAE", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4, tubelet_size=2), frames, {}),
-    "TimeSformer": (_built("Timesformer", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4), frames, {}),
+    "VideoMAE": (_built("VideoMAE", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4, "
+    "tubelet_size=2), frames, {}),
+    "TimeSformer": (_built("Timesformer", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4), "
+    "frames, {}),
     "Mamba": (
         _built("Mamba", "ForCausalLM", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, **_SPECIAL),
         lambda n, length: {"input_ids": tokens(n, length)}, {},

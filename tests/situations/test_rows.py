@@ -1,4 +1,6 @@
-"""Where rows stand in models as people write them, with sizes that are as long as the batch: each row is its own member, exactly."""
+"""Where rows stand in models as people write them, with sizes that are as long as the batch: each row is its own member,
+exactly.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def scaled_dot_product(query: Any, key: Any, value: Any, attn_mask: Any = None, 
     require_data(F.scaled_dot_product_attention, query, key, value)
     place = attn_mask.batch.known(query)
     if not isinstance(place, Rows):
-        _, place = attn_mask.where(query, 2, "attention")
+        _, place = attn_mask.rows_in(query, 2, "attention")
     mask = on_place(attn_mask, query.dim(), place, "attention")
     return F.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), *rest, **named)
 
@@ -156,7 +156,8 @@ def _rows_of_operands(query: Tensor, key: Tensor, value: Tensor, weights: tuple[
     raise BatchError(
         f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
         f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
-        f"batch_dim={layout.dim} for {layout.members} members{''.join(': an operand ' + m.why for m in mixed)}; pass the batch_dim of "
+        f"batch_dim={layout.dim} for {layout.members} members{''.join(': an operand ' + m.why for m in mixed)}; pass the "
+        f"batch_dim of "
         "the examples (1 where a module has batch_first=False), and give unbatched input a batch dimension"
     )
 

@@ -136,8 +136,8 @@ def narrowed_to_one(weight: PerturbedWeight, axis: int) -> PerturbedWeight:
         at, ndim = axis + term.per_member, mean.dim() + term.per_member
         base = term.base
         if (
-            base.dim()
-            and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0))
+            (base.dim()
+            and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0)))
             or any(axis in f.axes for f in term.factors)
         ):
             return weight

@@ -2,8 +2,8 @@
 
     c_n = W_n x,        the same for each row of member n
 
-It stays a weight, in the shape that the plain operation gives it, so that what a model does to it next (views, lookups by a fixed index)
-means what it meant. Its values are listed: N times the memory of one.
+It stays a weight, in the shape that the plain operation gives it, so that what a model does to it next (views, lookups by a fixed
+index) means what it meant. Its values are listed: N times the memory of one.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def _blocks(x: Tensor, weight: PerturbedWeight, what: str) -> tuple[Tensor, Tens
     """Arranges an operand and a weight by members.
 
     Returns:
-        ``x`` as ``[A, N, T, in]`` with members on axis 1; ``x`` itself, expanded to the batch if all examples share it; the weight with
-        these members; where the rows stand.
+        ``x`` as ``[A, N, T, in]`` with members on axis 1; ``x`` itself, expanded to the batch if all examples share it; the weight
+        with these members; where the rows stand.
     """
     x, place = weight.rows_in(x, 1, what)
     outer = place.outer

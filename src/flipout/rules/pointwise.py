@@ -59,7 +59,8 @@ def on_place(weight: PerturbedWeight, ndim: int, place: Rows, what: str) -> Tens
     shape = [1] * lead + list(weight.mean_weight.shape)
     if shape[place.axis] != 1:
         raise BatchError(
-            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of {ndim} "
+            f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of "
+            f"{ndim} "
             f"axes, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
         )
     values = per_row(weight.at(place), place.size)
@@ -224,7 +225,8 @@ def _in_place(operation: Any, name: str) -> None:
         if x is not input or torch.broadcast_shapes(x.shape, values.shape) != x.shape:
             raise BatchError(
                 f"{operation_name(method)} met a tensor of shape {tuple(input.shape)} that all examples share, and the weight "
-                f"{other.origin.name!r} {tuple(other.mean_weight.shape)}, of which each has its own: expand the tensor to the batch first"
+                f"{other.origin.name!r} {tuple(other.mean_weight.shape)}, of which each has its own: expand the tensor to the "
+                f"batch first"
             )
         if values.dtype != x.dtype and not other.mean_weight.dim():
             values = values.to(x.dtype)
@@ -298,13 +300,14 @@ def _choice(condition: Any, input: Any, other: Any) -> Tensor:
                 places.append(fact._replace(axis=fact.axis + ndim - value.dim()))
             constant = constant and (fact is NONE or not value.dim() or (value.dim() == ndim > dim and value.shape[dim] == 1))
     if not places and constant and carriers[0].batch.members is not None:  # what all examples share: a weight again
-        values = torch.where(*(_lifted(v.dense(), ndim) if isinstance(v, PerturbedWeight) else v for v in operands))
+        values: Any = torch.where(*(_lifted(v.dense(), ndim) if isinstance(v, PerturbedWeight) else v for v in operands))
         return PerturbedWeight(
             values.new_zeros(values.shape[1:]), (Term(values, per_member=True),), carriers[0].batch, carriers[0].origin
         )
     if not places or carriers[0].batch.members is None or not all(place.same(places[0]) for place in places):
         raise missing_rule(torch.where, carriers[0], operands, "its other operands have no rows, or in different places")
-    return torch.where(*(on_place(v, ndim, places[0], "where") if isinstance(v, PerturbedWeight) else v for v in operands))
+    chosen: Any = torch.where(*(on_place(v, ndim, places[0], "where") if isinstance(v, PerturbedWeight) else v for v in operands))
+    return chosen  # type: ignore[no-any-return]
 
 
 @rule(torch.where, Estimator)
@@ -329,7 +332,7 @@ def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         return tuple(t.expand(shape) for t in tensors)
     aligned = [spread(t, rows, "broadcast_tensors")[1] if isinstance(t, PerturbedWeight) else t for t in tensors]
-    return torch.broadcast_tensors(*aligned)
+    return tuple(torch.broadcast_tensors(*aligned))
 
 
 @rule((F.prelu, torch.prelu), Estimator)
