@@ -37,6 +37,8 @@ from flipout.weight import METADATA, PerturbedWeight, missing_rule_for
 
 __all__ = ["Call", "Ledger", "Repetition", "take_off"]
 
+_C: Any = torch._C  # whose parts are not annotated
+
 
 class Ledger:
     """Which selected parameters have met an operation, over the calls of a wrapper.
@@ -318,8 +320,8 @@ class Call(TorchFunctionMode):
     def _refuse_copies(self, value: Tensor) -> None:
         """Raises for what shares a selected parameter's memory, but is not the parameter: a view made before the call."""
         base, inner = value._base, value
-        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-            inner = torch._C._functorch.get_unwrapped(inner)
+        while _C._functorch.is_functorch_wrapped_tensor(inner):
+            inner = _C._functorch.get_unwrapped(inner)
         found = [self.tracker.find(t) for t in (base, inner) if t is not None and t is not value]
         which = next((fact for fact in found if type(fact) is int), None)
         if which is None and inner is value and not value.requires_grad:
@@ -508,7 +510,7 @@ def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory of its own process, at an address."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.layout != torch.strided:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not _C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _packed_rows(batch: PackedSequence) -> Rows:

@@ -14,6 +14,8 @@ import torch
 
 __all__ = ["run_eagerly"]
 
+_C: Any = torch._C  # whose parts are not annotated
+
 _LOCK = threading.Lock()
 _STANCES: list[Any] = []
 _INSIDE = [0]
@@ -54,7 +56,7 @@ def run_eagerly() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         yield
         return
-    frames = torch._C._dynamo.eval_frame
+    frames = _C._dynamo.eval_frame
     # In what the compiler left to Python it would go on with every function that is called; it may not, and is put back.
     before = frames.set_eval_frame(None)
     with _LOCK:
@@ -77,7 +79,7 @@ def run_eagerly() -> Iterator[None]:
 
 def _installed() -> Any:
     """A stance that depends on the thread; where torch keeps it otherwise than is known here, that of the whole process."""
-    made = torch.compiler.set_stance("force_eager")
+    made: Any = torch.compiler.set_stance("force_eager")
     before = getattr(made, "prev", None)
     if hasattr(before, "stance") and hasattr(made, "stance"):
         made.stance = _Stance(before)

@@ -19,6 +19,8 @@ from flipout.weight import PerturbedWeight
 
 __all__ = ["follow"]
 
+_C: Any = torch._C  # whose parts are not annotated
+
 Handler = Callable[[Tracker, tuple[Any, ...], dict[str, Any], Any], Any]
 _HANDLERS: dict[Any, Any] = {}
 
@@ -486,7 +488,7 @@ def _unbound(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _part(fact: Rows, index: Any) -> Any:
     """The fact of ``x[index]``, of the axis of rows."""
-    if isinstance(index, Tensor) and (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)):
+    if isinstance(index, Tensor) and (torch.compiler.is_compiling() or _C._functorch.is_functorch_wrapped_tensor(index)):
         return Mixed("which is a part of one row")
     at = int(index) % fact.size
     run = at // fact.inner % fact.run
@@ -1033,7 +1035,7 @@ def _functions(names: str) -> Iterable[Any]:
             F,
             torch.special,
             torch.linalg,
-            torch._C._nn,
+            _C._nn,
             torch._VF,
             torch._C.TensorBase,
             torch.functional,

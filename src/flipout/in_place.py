@@ -281,7 +281,7 @@ _COPIES = {
     torch.Tensor.bfloat16,
     torch.Tensor.cpu,
     torch.Tensor.cuda,
-    torch._has_compatible_shallow_copy_type,
+    torch._has_compatible_shallow_copy_type,  # pyright: ignore[reportPrivateImportUsage]
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
     torch.Tensor.__deepcopy__,
     torch.Tensor.__reduce_ex__,

@@ -47,9 +47,11 @@ __all__ = [
     "unseen",
 ]
 
-_top: Any = torch._C._autograd._top_saved_tensors_default_hooks
-_push = torch._C._autograd._push_saved_tensors_default_hooks
-_pop = torch._C._autograd._pop_saved_tensors_default_hooks
+_C: Any = torch._C  # whose parts are not annotated
+
+_top: Any = _C._autograd._top_saved_tensors_default_hooks
+_push = _C._autograd._push_saved_tensors_default_hooks
+_pop = _C._autograd._pop_saved_tensors_default_hooks
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _PACK = "_checkpoint_hook.__init__.<locals>.pack_hook"
 _PACK_AGAIN = "_recomputation_hook.__init__.<locals>.pack_hook"

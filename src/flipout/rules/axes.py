@@ -135,10 +135,8 @@ def narrowed_to_one(weight: PerturbedWeight, axis: int) -> PerturbedWeight:
     for term in weight.terms:
         at, ndim = axis + term.per_member, mean.dim() + term.per_member
         base = term.base
-        if (
-            (base.dim()
-            and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0)))
-            or any(axis in f.axes for f in term.factors)
+        if (base.dim() and (base.dim() != ndim or (base.shape[at] != 1 and base.stride(at) != 0))) or any(
+            axis in f.axes for f in term.factors
         ):
             return weight
     return take(weight, axis, slice(0, 1))

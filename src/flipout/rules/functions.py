@@ -25,6 +25,8 @@ from flipout.weight import PerturbedWeight, Term, can_loop, loop
 
 __all__ = ["of_members"]
 
+_C: Any = torch._C  # whose parts are not annotated
+
 
 @otherwise
 def without_rule(operation: Any, args: Any, kwargs: Any, error: Exception) -> Any:
@@ -112,7 +114,7 @@ def _each(call: Callable[..., Any], weights: list[Tensor], means: list[Tensor]) 
     if not members:
         return tree_map(lambda value: value.new_empty(0, *value.shape) if isinstance(value, Tensor) else value, call(*means))
     if not torch.compiler.is_compiling():
-        functorch: Any = torch._C._functorch
+        functorch: Any = _C._functorch
         before = functorch._is_vmap_fallback_enabled()
         functorch._set_vmap_fallback_enabled(False)  # a slow loop of its own, which warns
         try:

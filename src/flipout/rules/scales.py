@@ -64,7 +64,10 @@ def _product(a: _Side, b: _Side, same: bool) -> _Side:
     return a * b
 
 
-@rule(torch._weight_norm, Estimator)
+_WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
+
+
+@rule(_WEIGHT_NORM, Estimator)
 def weight_norm(v: Any, g: Any, dim: int = 0) -> PerturbedWeight:
     """W_n = g_n ∘ v_n / ‖v_n‖, the norm over all axes but ``dim``, or over all where it is -1: Salimans & Kingma 2016.
 
@@ -74,7 +77,7 @@ def weight_norm(v: Any, g: Any, dim: int = 0) -> PerturbedWeight:
     """
     some = v if isinstance(v, PerturbedWeight) else g
     if some.batch.members is None:
-        raise missing_rule(torch._weight_norm, some, (v, g), "signs per token give no member a norm")
+        raise missing_rule(_WEIGHT_NORM, some, (v, g), "signs per token give no member a norm")
     for operand in (v, g):
         if isinstance(operand, PerturbedWeight):
             operand.require_drawn("a weight normalisation")
