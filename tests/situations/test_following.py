@@ -116,7 +116,12 @@ def test_folds_and_back(data: Any, given_: tuple[Tensor, Rows]) -> None:
     last = data.draw(st.integers(first, x.dim() - 1))
     folded = (*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :])
     unknown = [n if i != first else -1 for i, n in enumerate(folded)]
-    for fold in (lambda t: t.reshape(folded), lambda t: t.view(unknown), lambda t: t.flatten(first, last), lambda t: torch.reshape(t, folded)):
+    for fold in (
+        lambda t: t.reshape(folded),
+        lambda t: t.view(unknown),
+        lambda t: t.flatten(first, last),
+        lambda t: torch.reshape(t, folded),
+    ):
         check(fold, x, fact)
         check(lambda t, fold=fold: fold(t).view(x.shape), x, fact, must=fact.order is None)
         check(lambda t, fold=fold: fold(t).unflatten(first, x.shape[first : last + 1]), x, fact, must=fact.order is None)
@@ -151,7 +156,9 @@ def test_axes_of_one(data: Any, given_: tuple[Tensor, Rows]) -> None:
     check(lambda t: t.unsqueeze(at).squeeze(at), x, fact)
     check(lambda t: t.squeeze(), x, fact)
     check(lambda t: t[None, ..., None], x, fact)
-    check(lambda t: torch.squeeze(t, any_axis_of_one), x, fact) if (any_axis_of_one := next((i for i, n in enumerate(x.shape) if n == 1), None)) is not None else None
+    check(lambda t: torch.squeeze(t, any_axis_of_one), x, fact) if (
+        any_axis_of_one := next((i for i, n in enumerate(x.shape) if n == 1), None)
+    ) is not None else None
 
 
 @given(st.data(), placed())
@@ -285,7 +292,11 @@ def test_advanced_indices(data: Any, given_: tuple[Tensor, Rows]) -> None:
         kind = data.draw(st.sampled_from(kinds))
         if kind == "tensor":
             tensors += 1
-            items.append(torch.tensor(data.draw(st.lists(st.integers(-size, size - 1), min_size=math.prod(shape), max_size=math.prod(shape)))).view(shape))
+            items.append(
+                torch.tensor(
+                    data.draw(st.lists(st.integers(-size, size - 1), min_size=math.prod(shape), max_size=math.prod(shape)))
+                ).view(shape)
+            )
         elif kind == "mask" and not tensors:
             tensors += 1
             mask = torch.zeros(size, dtype=torch.bool)
@@ -412,7 +423,24 @@ def test_entry_by_entry(data: Any, given_: tuple[Tensor, Rows]) -> None:
 def test_reductions(data: Any, given_: tuple[Tensor, Rows]) -> None:
     x, fact = given_
     dim, keep = other_axis(data.draw, x, fact), data.draw(st.booleans())
-    for name in ("sum", "mean", "amax", "amin", "prod", "logsumexp", "argmax", "argmin", "std", "var", "max", "min", "median", "norm_", "any", "all"):
+    for name in (
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "prod",
+        "logsumexp",
+        "argmax",
+        "argmin",
+        "std",
+        "var",
+        "max",
+        "min",
+        "median",
+        "norm_",
+        "any",
+        "all",
+    ):
         if name == "norm_":
             check(lambda t: t.norm(2, dim, keep), x, fact)
             check(lambda t: t.norm(dim=dim, keepdim=keep), x, fact)
@@ -472,7 +500,15 @@ def test_einsums(data: Any, given_: tuple[Tensor, Rows]) -> None:
     check(lambda t: torch.einsum(f"{letters}->{kept}", t), x, fact)
     check(lambda t: torch.einsum(f"{letters},{letters}->{kept}", t, t), x, fact)
     check(lambda t: torch.einsum(f"{letters},{letters}->{kept}", [t, t]), x, fact)
-    check(lambda t: torch.einsum(f"...{letters[-1]},{letters[-1]}e->...e", t, torch.randn(t.shape[-1], 2, dtype=t.dtype, generator=torch.Generator().manual_seed(1))), x, fact)
+    check(
+        lambda t: torch.einsum(
+            f"...{letters[-1]},{letters[-1]}e->...e",
+            t,
+            torch.randn(t.shape[-1], 2, dtype=t.dtype, generator=torch.Generator().manual_seed(1)),
+        ),
+        x,
+        fact,
+    )
     check(lambda t: torch.einsum("...i,...j->...ij", t, t), x, fact)
     check(lambda t: torch.einsum("...ij->...ji", t), x, fact)
     rest = letters.replace(row, "z")
@@ -531,7 +567,9 @@ def test_bmm_of_queries_and_keys_in_heads(given_: tuple[Tensor, Rows]) -> None:
 def test_windows_of_an_image(given_: tuple[Tensor, Rows]) -> None:
     """Swin's partition into windows and its reverse, with a shift."""
     x, fact = given_
-    x = x.reshape(x.shape[0], -1)[:, :1, None, None] + torch.randn(x.shape[0], 4, 6, 2, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    x = x.reshape(x.shape[0], -1)[:, :1, None, None] + torch.randn(
+        x.shape[0], 4, 6, 2, dtype=x.dtype, generator=torch.Generator().manual_seed(2)
+    )
     fact = fact._replace(axis=0)
 
     def partition(t: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,9 @@ def wrapped(module: nn.Module, estimator: str = "flipout", **options: Any) -> fl
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0.3, 0.5)
-    return flipout.Perturbed(module, flipout.Gaussian(0.3), LISTED[estimator], generator=torch.Generator().manual_seed(0), **options)
+    return flipout.Perturbed(
+        module, flipout.Gaussian(0.3), LISTED[estimator], generator=torch.Generator().manual_seed(0), **options
+    )
 
 
 def leaves(output: Any) -> list[Tensor]:
@@ -59,7 +60,13 @@ def exact(
 class Case:
     """A model as a function of its parts ``m`` and the arguments."""
 
-    def __init__(self, function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], parts: Callable[[], dict[str, Any]], **options: Any) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: Callable[[], tuple[Any, ...]],
+        parts: Callable[[], dict[str, Any]],
+        **options: Any,
+    ) -> None:
         self.function, self.inputs, self.parts, self.options = function, inputs, parts, options
 
     def module(self) -> nn.Module:
@@ -177,14 +184,18 @@ def positions_expanded_to_the_batch(m: Any, x: Tensor) -> Tensor:
     return m.l0(x + m.p(torch.arange(x.shape[1]).unsqueeze(0).expand(x.shape[0], -1)))
 
 
-@case(lambda: (floats(N, 2, N, N),), lambda: {"p": nn.Embedding(9, 2), "index": torch.arange(N * N).view(N, N) % 9, **linears(N, N)})
+@case(
+    lambda: (floats(N, 2, N, N),), lambda: {"p": nn.Embedding(9, 2), "index": torch.arange(N * N).view(N, N) % 9, **linears(N, N)}
+)
 def positions_in_two_axes(m: Any, x: Tensor) -> Tensor:
     """A table of relative positions, [N, N] of which give a bias [1, heads, N, N]."""
     bias = m.p(m.index).permute(2, 0, 1).unsqueeze(0)
     return m.l0((x + bias).softmax(-1))
 
 
-@case(lambda: (floats(N, 2, N, N),), lambda: {"p": nn.Embedding(9, 2), "index": torch.arange(N * N).view(N, N) % 9, **linears(N, N)})
+@case(
+    lambda: (floats(N, 2, N, N),), lambda: {"p": nn.Embedding(9, 2), "index": torch.arange(N * N).view(N, N) % 9, **linears(N, N)}
+)
 def a_position_bias_in_place(m: Any, x: Tensor) -> Tensor:
     scores = m.l0(x)
     scores += m.p(m.index).permute(2, 0, 1).unsqueeze(0)
@@ -202,7 +213,10 @@ def gains_in_place(m: Any, x: Tensor) -> Tensor:
     return y.transpose(0, 1).clone().add_(m.h[0].unsqueeze(1)).transpose(0, 1)
 
 
-@case(lambda: (torch.randint(5, (N,), generator=torch.Generator().manual_seed(0)), floats(N, 3)), lambda: {"t": nn.Embedding(5, 3), "p": weights(5, 3), **linears(3, 3)})
+@case(
+    lambda: (torch.randint(5, (N,), generator=torch.Generator().manual_seed(0)), floats(N, 3)),
+    lambda: {"t": nn.Embedding(5, 3), "p": weights(5, 3), **linears(3, 3)},
+)
 def labels_of_length_n(m: Any, labels: Tensor, x: Tensor) -> Tensor:
     return m.l0(x + m.t(labels) + m.p[labels])
 
@@ -222,7 +236,10 @@ def _image(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(rows, height, width, -1)
 
 
-@case(lambda: (floats(N, N, N, 3),), lambda: {"t": nn.Embedding(16, 1), "index": torch.arange(16).view(4, 4), "l0": nn.Linear(3, 9), "l1": nn.Linear(3, 3)})
+@case(
+    lambda: (floats(N, N, N, 3),),
+    lambda: {"t": nn.Embedding(16, 1), "index": torch.arange(16).view(4, 4), "l0": nn.Linear(3, 9), "l1": nn.Linear(3, 3)},
+)
 def shifted_windows(m: Any, x: Tensor) -> Tensor:
     """Swin: rolled, cut into windows (N of each image), attended with a relative bias, put back."""
     w = _windows(torch.roll(x, (-1, -1), (1, 2)), 2)
@@ -277,7 +294,10 @@ def dora(m: Any, x: Tensor) -> Tensor:
 _ORDER = torch.tensor([2, 0, 3, 1])
 
 
-@case(lambda: (floats(N, N, 3), torch.tensor([2, 4, 1, 3])), lambda: {"r": nn.LSTM(3, 4, batch_first=True), **linears(3, 3), "q": nn.Linear(4, 4)})
+@case(
+    lambda: (floats(N, N, 3), torch.tensor([2, 4, 1, 3])),
+    lambda: {"r": nn.LSTM(3, 4, batch_first=True), **linears(3, 3), "q": nn.Linear(4, 4)},
+)
 def sorted_by_length(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
     """x[order], through layers, and back."""
     order = lengths.argsort(descending=True)
@@ -299,7 +319,10 @@ def sorted_and_put_back_by_assignment(m: Any, x: Tensor, lengths: Tensor) -> Ten
     return m.l1(back + again + third + fourth)
 
 
-@case(lambda: (floats(N, 5, 3), torch.tensor([2, 5, 1, 3])), lambda: {"r": nn.GRU(3, 4, batch_first=True, bidirectional=True), **linears(3, 3), "q": nn.Linear(8, 2)})
+@case(
+    lambda: (floats(N, 5, 3), torch.tensor([2, 5, 1, 3])),
+    lambda: {"r": nn.GRU(3, 4, batch_first=True, bidirectional=True), **linears(3, 3), "q": nn.Linear(8, 2)},
+)
 def packed_inside(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
     packed = pack_padded_sequence(m.l0(x), lengths, batch_first=True, enforce_sorted=False)
     y, _ = pad_packed_sequence(m.r(packed)[0], batch_first=True, total_length=5)
@@ -369,7 +392,9 @@ def cells_with_a_buffer_of_results(m: Any, x: Tensor) -> Tensor:
     return out
 
 
-@case(lambda: (floats(N, N, N),), lambda: {"q": weights(2, N, 3), "k": weights(2, N, 3), "v": weights(N, 2, 3), "o": weights(2, 3, N)})
+@case(
+    lambda: (floats(N, N, N),), lambda: {"q": weights(2, N, 3), "k": weights(2, N, 3), "v": weights(N, 2, 3), "o": weights(2, 3, N)}
+)
 def attention_by_einsum(m: Any, x: Tensor) -> Tensor:
     q, k = torch.einsum("bld,hdk->bhlk", x, m.q), torch.einsum("bld,hdk->bhlk", x, m.k)
     v = torch.einsum("bld,dhk->bhlk", x, m.v)
@@ -405,7 +430,15 @@ def positions_through_a_net(m: Any, x: Tensor) -> Tensor:
     return m.l1(x + torch.tanh(m.l0(m.pos)))
 
 
-@case(lambda: (floats(N, 2, N, N),), lambda: {"t": floats(1, 3, 3, 2), "index": torch.arange(N * N).view(N, N) % 9, "a": nn.Linear(2, 5), "b": nn.Linear(5, 2, bias=False)})
+@case(
+    lambda: (floats(N, 2, N, N),),
+    lambda: {
+        "t": floats(1, 3, 3, 2),
+        "index": torch.arange(N * N).view(N, N) % 9,
+        "a": nn.Linear(2, 5),
+        "b": nn.Linear(5, 2, bias=False),
+    },
+)
 def a_bias_made_by_a_net(m: Any, x: Tensor) -> Tensor:
     """SwinV2's: coordinates through a net give a table, of which an index makes a bias."""
     table = m.b(F.relu(m.a(m.t))).view(-1, 2)
@@ -489,7 +522,7 @@ def test_graphs_whose_nodes_have_owners(how: str, estimator: str) -> None:
     with net.hold(members=3, owner=OWNER) as draw:
         y = net(x, EDGES, OWNER)
         for n in range(3):
-            nodes = (OWNER == n).nonzero().flatten()
+            nodes = (n == OWNER).nonzero().flatten()
             edges = torch.stack([e[OWNER[EDGES[0]] == n] for e in EDGES]) - nodes[0]
             assert distance(y[n : n + 1], draw.module(n)(x[nodes], edges, torch.zeros(len(nodes), dtype=torch.long))) < EXACT
 
@@ -530,7 +563,9 @@ MIXERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention between examples": lambda m, x: m.l1(F.scaled_dot_product_attention(m.l0(x)[None], x[None], x[None])[0]),
     "gathered by value": lambda m, x: m.l1(m.l0(x).gather(0, x.argsort(0))),
     "a whole batch as features": lambda m, x: m.l1(m.l0(x).T),
-    "joined with what has no row": lambda m, x: m.l1(torch.cat([m.l0(x), torch.ones(N, N, dtype=x.dtype).exp()]).view(2, N, N)[0] * 1),
+    "joined with what has no row": lambda m, x: m.l1(
+        torch.cat([m.l0(x), torch.ones(N, N, dtype=x.dtype).exp()]).view(2, N, N)[0] * 1
+    ),
     "the matrix of the batch": lambda m, x: m.l1(torch.linalg.qr(m.l0(x)).Q),
     "entries of several rows": lambda m, x: m.l1(m.l0(x).take(torch.arange(N * N).flip(0)).view(N, N)),
     "written over": lambda m, x: m.l1(_written(m.l0(x))),
