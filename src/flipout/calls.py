@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
@@ -179,7 +179,7 @@ class Call(TorchFunctionMode):
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
-        if mean.device.type == "meta" and self.draw.has_values:
+        if mean.device.type == "meta" and self.draw._has_values:
             return mean  # a placeholder of what is offloaded, of which no numbers can come
         self._carried = True
         if torch.compiler.is_compiling():

@@ -19,8 +19,8 @@ from flipout.errors import ArgumentError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
-from flipout.select import held
 from flipout.rows import Layout, Rows, Tracker, count_rows, first_batch, require_blocks, rows_dim
+from flipout.select import held
 from flipout.weight import operation_name
 
 __all__ = ["in_place", "perturbed"]
@@ -177,7 +177,7 @@ class Span(Call):
             if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows, None if first is None else getattr(first, "data", first).device)
             else:
-                draw.require_standing(net.sites)
+                draw._require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
                 self.tracker = Tracker(draw.members, draw.owner)

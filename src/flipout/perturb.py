@@ -115,7 +115,7 @@ class Perturbed(nn.Module):
     def sites(self) -> tuple[Site, ...]:
         """The perturbed parameters, as the module stands."""
         sites = self._selection.sites()
-        if self._checked is not sites and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._checked is not sites:
             self._check_change(sites)
             self._checked = sites
         return sites
@@ -171,7 +171,7 @@ class Perturbed(nn.Module):
             draw = self._draw(rows, self.generator, args, kwargs)
         else:
             if not compiling:
-                draw.require_standing(self.sites)
+                draw._require_standing(self.sites)
             if draw.owner is None:
                 require_blocks(rows, draw.members, self.batch_dim)
             elif rows != len(draw.owner):
@@ -418,7 +418,7 @@ def checked_owner(owner: Any, members: int) -> Tensor:
         ArgumentError: if it does not.
     """
     good = isinstance(owner, Tensor) and owner.dim() == 1 and not owner.is_floating_point() and owner.dtype != torch.bool
-    if not good or (owner.numel() and not (0 <= int(owner.min()) and int(owner.max()) < members)):
+    if not good or (owner.numel() and not (int(owner.min()) >= 0 and int(owner.max()) < members)):
         found = f"{owner.dtype} {tuple(owner.shape)}" if isinstance(owner, Tensor) else type(owner).__name__
         raise ArgumentError(f"owner={found}: expected one member index for each row, whole numbers from 0 to {members - 1}")
     return owner.long()

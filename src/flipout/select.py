@@ -44,7 +44,7 @@ class Site:
     matrix: str | None = None
     names: tuple[str, ...] = ()
     padding: int | None = None
-    shape: torch.Size = torch.Size()
+    shape: tuple[int, ...] = ()
 
     @property
     def mean(self) -> Tensor:

@@ -21,8 +21,8 @@ from flipout.evolution.members import Members
 from flipout.evolution.population import Population, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.evolution.statistics import BatchGuard
-from flipout.noise import Gaussian, Rademacher
 from flipout.in_place import in_place
+from flipout.noise import Gaussian, Rademacher
 from flipout.perturb import Perturbed
 from flipout.sharded import sharded_as
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization
-from flipout.modes import transformed
 from flipout.registry import rule
 from flipout.rows import NONE, Rows
 from flipout.rules.axes import reshape, take

@@ -120,7 +120,6 @@ class _SignedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, base, s, r = ctx.saved_tensors
         needs_x, needs_mean, needs_base, _, _, needs_bias, needs_bias_base, _ = ctx.needs_input_grad
-        out, width = mean.shape
         g = grad.flatten(0, -2)
         gx = gw = gd = gb = gc = None
         rg = _times(r, grad).flatten(0, -2) if needs_x or needs_base or needs_bias_base else g

@@ -28,9 +28,9 @@ from flipout.rules.sequence_rows import (
     batch_of,
     first_rows,
     is_fresh,
-    place_of,
     on_rows,
     per_step,
+    place_of,
     refuse_local,
     require_states,
 )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flipout.estimators import Estimator
 from flipout.errors import BatchError
+from flipout.estimators import Estimator
 from flipout.registry import rule
 from flipout.rows import NONE, Mixed, Rows
 from flipout.rules.axes import permute, reshape, take
