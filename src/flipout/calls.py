@@ -194,7 +194,7 @@ class Call(TorchFunctionMode):
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
-        if mean.device.type == "meta" and self.draw.has_values:
+        if mean.device.type == "meta" and self.draw._has_values:
             return mean  # a placeholder of what is offloaded, of which no numbers can come
         self._carried = True
         if self._tracing:

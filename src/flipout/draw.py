@@ -173,7 +173,7 @@ class Draw:
         return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
 
     @property
-    def has_values(self) -> bool:
+    def _has_values(self) -> bool:
         """Whether anything was drawn: not for a module without values, on the device meta."""
         return any(sample.unit.device.type != "meta" for sample in self._samples)
 
@@ -227,7 +227,7 @@ class Draw:
             (['bias', 'weight'], torch.Size([2, 3]))
         """
         n = self._index(n)
-        self.require_standing()
+        self._require_standing()
         with _UNMODED():
             return {site.name: self._weight(i, whole(site.mean), n) for i, site in enumerate(self._sites)}
 
@@ -244,7 +244,7 @@ class Draw:
             MemberError, DrawError: as :meth:`weights`; DrawError for a module that cannot be copied, such as one that FSDP shards.
         """
         self._index(n)
-        self.require_standing()
+        self._require_standing()
         with torch.no_grad(), _UNMODED():
             try:
                 plain = copy.deepcopy(self._module, _activations(self._module))
@@ -266,7 +266,7 @@ class Draw:
                 parameters[name].copy_(weight)
         return plain
 
-    def require_standing(self, sites: Sequence[Site] | None = None) -> None:
+    def _require_standing(self, sites: Sequence[Site] | None = None) -> None:
         """Raises DrawError where the module has changed so that the draw is no longer one of its parameters.
 
         Args:
@@ -306,7 +306,7 @@ class Draw:
             raise ArgumentError(f"resample({list(members)}): each member once")
         if not wanted:
             return
-        self.require_standing()
+        self._require_standing()
         with _UNMODED():
             self._samples = self._padded(self.estimator.resample(self._targets(), self._samples, wanted, self._generator))
         self._fixed.clear()
@@ -331,7 +331,7 @@ class Draw:
         if not isinstance(f, Tensor) or f.shape != (self.members,):
             found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise ArgumentError(f"weighted_sum takes one weight for each of {self.members} members, got {found}")
-        self.require_standing()
+        self._require_standing()
         with _UNMODED():
             return {site.name: self._sum(i, whole(site.mean), f) for i, site in enumerate(self._sites)}
 

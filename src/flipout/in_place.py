@@ -180,7 +180,7 @@ class Span(Call):
             if isinstance(draw, LateDraw) and not draw.started:
                 draw.start(rows, None if first is None else batch_device(first))
             else:
-                draw.require_standing(net.sites)
+                draw._require_standing(net.sites)
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
                 self.tracker = self._new_tracker()

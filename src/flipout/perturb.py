@@ -115,7 +115,7 @@ class Perturbed(nn.Module):
     def sites(self) -> tuple[Site, ...]:
         """The perturbed parameters, as the module stands."""
         sites = self._selection.sites()
-        if self._checked is not sites and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._checked is not sites:
             self._check_change(sites)
             self._checked = sites
         return sites
@@ -182,7 +182,7 @@ class Perturbed(nn.Module):
             draw = self._draw(rows, self.generator, args, kwargs)
         else:
             if not compiling:
-                draw.require_standing(self.sites)
+                draw._require_standing(self.sites)
             if draw.owner is None:
                 require_blocks(rows, draw.members, self.batch_dim)
             elif rows != len(draw.owner):

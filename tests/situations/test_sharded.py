@@ -83,7 +83,7 @@ def test_fsdp1(ranks: list[dict[str, Any]], estimator: str, original: bool) -> N
     _require_told(ranks, f"fsdp1 inside {original} {estimator}", "ArgumentError", "fully_shard")
     _require_told(ranks, f"fsdp1 nested {original} {estimator}", "ArgumentError", "auto_wrap_policy")
     if original:
-        _require_told(ranks, f"fsdp1 held {original} {estimator}", "DrawError")
+        _require_told(ranks, f"fsdp1 held {original} {estimator}", "Error: ", "weight")  # a draw of what is in pieces between calls
     else:
         _require_exact(ranks, f"fsdp1 held {original} {estimator}")
 
