@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_eagerly"]
+__all__ = ["leave_to_python", "run_eagerly"]
 
 _C: Any = torch._C  # whose parts are not annotated
 
@@ -75,6 +75,12 @@ def run_eagerly() -> Iterator[None]:
             if not _INSIDE[0]:
                 _STANCES.pop().__exit__(None, None, None)
         frames.set_eval_frame(before if thread == threading.get_ident() else callback)
+
+
+def leave_to_python() -> None:
+    """Where a compiler is at work: keeps it from what follows."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 def _installed() -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flipout.calls import Call, take_off
-from flipout.compiled import run_eagerly
+from flipout.compiled import leave_to_python, run_eagerly
 from flipout.contexts import entered, setting
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, DrawError
@@ -69,12 +69,14 @@ def perturbed(
         >>> torch.equal(*y), draw.members
         (False, 2)
     """
-    net = Perturbed(module, noise, estimator, include, exclude, batch_dim, generator, fallback, unmet, rows)
-    if any(site.noise.learnable for site in net.sites):
-        raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
-    draw = LateDraw(net, None if members is None else member_count(members))
-    with in_place(net, draw):
-        yield draw
+    leave_to_python()
+    with run_eagerly():
+        net = Perturbed(module, noise, estimator, include, exclude, batch_dim, generator, fallback, unmet, rows)
+        if any(site.noise.learnable for site in net.sites):
+            raise ArgumentError("learnable noise needs flipout.Perturbed: perturbed() has no place to keep its scales")
+        draw = LateDraw(net, None if members is None else member_count(members))
+        with in_place(net, draw):
+            yield draw
 
 
 class LateDraw(Draw):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from flipout.draw import Draw, offloaded_to
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.recompute import HIDDEN_CALL, inside_function, note, noted
+from flipout.recompute import HIDDEN_CALL, Event, inside_function, note, noted
 from flipout.rows import batch_device, count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import SCALES, Selection, Site, check_generator, held
 
@@ -158,54 +159,53 @@ class Perturbed(nn.Module):
         """Runs the module. All arguments are its own."""
         draw: Draw | None = setting(self, "draw", None)
         random = draw is not None or self.training or setting(self, "sampling", False)
-        compiling, again = torch.compiler.is_compiling(), None
-        if not compiling:
-            again = noted(self.module, "call")
-            if again is not None:  # a checkpointed region that runs again: as it ran first, whatever has been set since
-                draw = again.repeated()
-                random = draw is not None
+        if torch.compiler.is_compiling():
+            return self._run(draw, None, args, kwargs) if random else self.module(*args, **kwargs)
+        again = noted(self.module, "call")
+        if again is not None:  # a checkpointed region that runs again: as it ran first, whatever has been set since
+            draw = again.repeated()
+            random = draw is not None
         if not random:
-            if not compiling:
-                note(self.module, "call")
+            note(self.module, "call")
             return self.module(*args, **kwargs)
-        rows = count_rows(self.module, self.batch_dim, args, kwargs, self.rows)
-        if compiling:
-            return self._run(draw, rows, args, kwargs)
-        if not torch.is_grad_enabled() and inside_function():
-            raise DrawError(HIDDEN_CALL)
-        with run_eagerly():
-            return self._run(draw, rows, args, kwargs, again is not None)
+        return self._run(draw, again, args, kwargs)
 
-    def _run(self, draw: Draw | None, rows: int, args: Any, kwargs: Any, again: bool = False) -> Any:
-        made, compiling = draw is None, torch.compiler.is_compiling()
-        if draw is None:
-            draw = self._draw(rows, self.generator, args, kwargs)
-        else:
+    def _run(self, draw: Draw | None, again: Event | None, args: Any, kwargs: Any) -> Any:
+        """A call with noise. A compiler that cannot have all of it in one graph leaves all of it to Python."""
+        compiling = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiling else run_eagerly():
+            if not compiling and not torch.is_grad_enabled() and inside_function():
+                raise DrawError(HIDDEN_CALL)
+            made, rows = draw is None, count_rows(self.module, self.batch_dim, args, kwargs, self.rows)
+            if draw is None:
+                draw = self._draw(rows, self.generator, args, kwargs)
+            else:
+                if not compiling:
+                    draw._require_standing(self.sites)
+                self._require_members(draw, rows)
             if not compiling:
-                draw._require_standing(self.sites)
-            if draw.owner is None:
-                require_blocks(rows, draw.members, self.batch_dim)
-            elif rows != len(draw.owner):
-                raise BatchError(
-                    f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}"
-                )
-        if not compiling:
-            note(self.module, "call", draw, made or again)
-        call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
-        call.arguments(args, kwargs)
-        if not compiling:
-            draw.running += 1
-        try:
-            with call:
-                output = self.module(*args, **kwargs)
-        finally:
-            call.close()
+                note(self.module, "call", draw, made or again is not None)
+                draw.running += 1
+            call = Call(self.module, draw, draw.layout(rows, self.batch_dim))
+            call.arguments(args, kwargs)
+            try:
+                with call:
+                    output = self.module(*args, **kwargs)
+            finally:
+                call.close()
+                if not compiling:
+                    draw.running -= 1
+            call.require_rows(output)
             if not compiling:
-                draw.running -= 1
-        call.require_rows(output)
-        if not compiling:
-            self.ledger.settle(call, self._lost())
-        return output
+                self.ledger.settle(call, self._lost())
+            return output
+
+    def _require_members(self, draw: Draw, rows: int) -> None:
+        """Raises BatchError where the rows of an input are not those of the members of a held draw."""
+        if draw.owner is None:
+            require_blocks(rows, draw.members, self.batch_dim)
+        elif rows != len(draw.owner):
+            raise BatchError(f"the input has {rows} rows, and the owner= of the held draw names the members of {len(draw.owner)}")
 
     def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
         first = first_batch(args, kwargs or {})
