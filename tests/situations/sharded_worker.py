@@ -85,9 +85,9 @@ class Worker:
         self.seen: dict[str, Any] = {}
         self.x = torch.randn(ROWS, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(10 + rank))
 
-    def record(self, name: str, scenario: Callable[[], Any]) -> None:
+    def record(self, name: str, scenario: Callable[..., Any], *args: Any) -> None:
         try:
-            self.seen[name] = scenario()
+            self.seen[name] = scenario(*args)
         except flipout.FlipoutError as error:
             self.seen[name] = f"{type(error).__name__}: {error}"
         except Exception as error:
@@ -297,24 +297,22 @@ def main() -> None:
             if low:
                 continue
             for where in ("before", "after", "wrapper"):
-                worker.record(f"train {where} {estimator} {name}", lambda: worker.trains(noise, how, where))
-                worker.record(f"hold {where} {estimator} {name}", lambda: worker.holds(noise, how, where))
+                worker.record(f"train {where} {estimator} {name}", worker.trains, noise, how, where)
+                worker.record(f"hold {where} {estimator} {name}", worker.holds, noise, how, where)
             if not noise.learnable:
-                worker.record(f"perturbed {estimator} {name}", lambda: worker.perturbs(noise, how))
+                worker.record(f"perturbed {estimator} {name}", worker.perturbs, noise, how)
             for where in ("around", "inside", *(() if noise.learnable else ("perturbed",))):
-                worker.record(f"ddp {where} {estimator} {name}", lambda: worker.ddp(noise, how, where))
+                worker.record(f"ddp {where} {estimator} {name}", worker.ddp, noise, how, where)
         for where in ("before", "wrapper"):
-            worker.record(f"mixed {where} {estimator}", lambda: worker.mixes(NOISES["learnable"], how, where))
+            worker.record(f"mixed {where} {estimator}", worker.mixes, NOISES["learnable"], how, where)
         for original in (True, False):
             for place in ("around", "inside", "nested", "held"):
-                worker.record(
-                    f"fsdp1 {place} {original} {estimator}", lambda: worker.first_fsdp(NOISES["learnable"], how, original, place)
-                )
+                worker.record(f"fsdp1 {place} {original} {estimator}", worker.first_fsdp, NOISES["learnable"], how, original, place)
     worker.record("module", worker.module_of_a_member)
     worker.record("outside", worker.outside)
     worker.record("evolution", worker.evolves)
     for where in ("before", "after", "wrapper"):
-        worker.record(f"bayes {where}", lambda: worker.bayes(where))
+        worker.record(f"bayes {where}", worker.bayes, where)
     torch.save(worker.seen, Path(sys.argv[1]) / f"rank{rank}.pt")
     dist.destroy_process_group()
 

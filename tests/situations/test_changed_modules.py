@@ -321,11 +321,11 @@ def test_parameters_out_of_the_ordinary(learnable: bool, estimator: str) -> None
 
 
 def test_what_takes_no_noise_is_refused_by_name() -> None:
-    with pytest.raises(flipout.ArgumentError, match="'0.weight' is not initialised yet"):
+    with pytest.raises(flipout.ArgumentError, match=r"'0\.weight' is not initialised yet"):
         flipout.Perturbed(nn.Sequential(nn.LazyLinear(3)), flipout.Gaussian(0.1))
     module = nn.Linear(3, 2)
     module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))  # type: ignore[assignment]
-    with pytest.raises(flipout.ArgumentError, match="'phase' has dtype torch.complex64"):
+    with pytest.raises(flipout.ArgumentError, match=r"'phase' has dtype torch\.complex64"):
         flipout.Perturbed(module, flipout.Gaussian(0.1))
 
 

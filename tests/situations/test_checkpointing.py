@@ -753,20 +753,20 @@ def test_the_mean_goes_through_reentrant_checkpoints() -> None:
     y.sum().backward()
 
 
-def test_a_weight_given_as_an_argument_of_a_region() -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_weight_given_as_an_argument_of_a_region(estimator: str) -> None:
     class Handing(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.run(nn.functional.linear, self.first(x), self.third.weight, self.third.bias)  # type: ignore[no-any-return]
 
     def run(how: Run) -> list[Tensor]:
         torch.manual_seed(0)
-        net, x = wrapped(Handing().double(), estimator), data()
+        net, x = wrapped(Handing().double(), ESTIMATORS[estimator]), data()
         net.module.run = how
         y = net(x)
         return [y, *grads(y, [x, *net.parameters()])]
 
-    for estimator in ESTIMATORS.values():
-        require_same(run)
+    require_same(run)
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -821,7 +821,7 @@ def test_reentrant_checkpointing_of_transformers_raises(estimator: str, way: str
     pytest.importorskip("transformers", reason="checks the models of transformers")
     model, inputs = _tiny("GPT-2")
     model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
-    with pytest.raises(flipout.errors.FlipoutError, match=r"use_reentrant=False.*gradient_checkpointing_kwargs"):
+    with pytest.raises(flipout.errors.FlipoutError, match=r"use_reentrant=False.*gradient_checkpointing_kwargs"):  # noqa: PT012
         if way == "wrapped":
             flipout.Perturbed(model, NOISES["fixed"], ESTIMATORS[estimator])(**inputs)
         else:

@@ -1,8 +1,8 @@
 """Where the rows stand after an operation, told by the handlers of following.py and judged by what each entry depends on.
 
-The law: where a handler says that entry i of an axis is of row n, changing all other rows leaves that entry as it was. It may
-say that it
-does not know, but not for the forms that models are made of.
+The law: where a handler says that entry i of an axis is of row n, changing all other rows leaves that entry as it was. It
+may say that
+it does not know, but not for the forms that models are made of.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def check(operation: Operation, x: Tensor, fact: Rows, must: bool = True, statis
             assert torch.equal(y, z if isinstance(z, Tensor) else [part for part in z if isinstance(part, Tensor)][at])
         if not isinstance(said, Rows):
             continue
-        assert said.axis < y.dim() and y.shape[said.axis] == said.size, (said, tuple(y.shape))
+        assert said.axis < y.dim()
+        assert y.shape[said.axis] == said.size, (said, tuple(y.shape))
         assert said.count == fact.count
         stand = entries(said, y.device)
         for row in range(fact.count):
@@ -376,13 +377,31 @@ def test_gathers_and_sorts_along_the_rows(data: Any, given_: tuple[Tensor, Rows]
     dim = fact.axis
     index = torch.randint(x.shape[dim], x.shape, generator=torch.Generator().manual_seed(1))
     for operation in (
-        lambda t: t.gather(dim, index), lambda t: t.sort(dim), lambda t: t.cumsum(dim), lambda t: t.topk(1, dim), lambda t: t.argsort(dim),
-        lambda t: torch.zeros_like(t).scatter(dim, index, t), lambda t: t.softmax(dim), lambda t: t.log_softmax(dim), lambda t: F.normalize(t, dim=dim),
-        lambda t: t.clone().scatter_add_(dim, index, t), lambda t: torch.take_along_dim(t, index, dim), lambda t: t.diff(dim=dim), lambda t: torch.take_along_dim(t, index),
-        lambda t: F.layer_norm(t, t.shape[dim:]), lambda t: F.glu(torch.cat([t, t], dim), dim), lambda t: torch.cummax(t, dim),
-        lambda t: t.take(index), lambda t: t.logcumsumexp(dim), lambda t: torch.logsumexp(t, dim), lambda t: F.gumbel_softmax(t.exp(), dim=dim).detach() * 0,
-        lambda t: t.softmax(-1), lambda t: F.softmax(t, dim=0), lambda t: F.softmin(t, dim), lambda t: F.rms_norm(t, t.shape[dim:]),
-    ):  # fmt: skip
+        lambda t: t.gather(dim, index),
+        lambda t: t.sort(dim),
+        lambda t: t.cumsum(dim),
+        lambda t: t.topk(1, dim),
+        lambda t: t.argsort(dim),
+        lambda t: torch.zeros_like(t).scatter(dim, index, t),
+        lambda t: t.softmax(dim),
+        lambda t: t.log_softmax(dim),
+        lambda t: F.normalize(t, dim=dim),
+        lambda t: t.clone().scatter_add_(dim, index, t),
+        lambda t: torch.take_along_dim(t, index, dim),
+        lambda t: t.diff(dim=dim),
+        lambda t: torch.take_along_dim(t, index),
+        lambda t: F.layer_norm(t, t.shape[dim:]),
+        lambda t: F.glu(torch.cat([t, t], dim), dim),
+        lambda t: torch.cummax(t, dim),
+        lambda t: t.take(index),
+        lambda t: t.logcumsumexp(dim),
+        lambda t: torch.logsumexp(t, dim),
+        lambda t: F.gumbel_softmax(t.exp(), dim=dim).detach() * 0,
+        lambda t: t.softmax(-1),
+        lambda t: F.softmax(t, dim=0),
+        lambda t: F.softmin(t, dim),
+        lambda t: F.rms_norm(t, t.shape[dim:]),
+    ):
         check(operation, x, fact, must=False)
 
 
@@ -408,13 +427,33 @@ def test_entry_by_entry(data: Any, given_: tuple[Tensor, Rows]) -> None:
     x, fact = given_
     vector = torch.randn(x.shape[-1], dtype=x.dtype)
     for operation in (
-        lambda t: F.gelu(t) + 1, lambda t: torch.where(t > 0, t, 0.0), lambda t: t.masked_fill(t < 0, 0.0), lambda t: t.clamp(min=0),
-        lambda t: 1 - t, lambda t: 1 / t, lambda t: 2**t, lambda t: -t, lambda t: t.to(torch.float32), lambda t: F.dropout(t, 0.0),
-        lambda t: torch.zeros_like(t) + t, lambda t: t.clone().add_(1), lambda t: t.new_zeros(t.shape) + t, lambda t: t.detach().contiguous(),
-        lambda t: torch.maximum(t, t * 2), lambda t: torch.add(t, t, alpha=2), lambda t: torch.lerp(t, t * 2, 0.5), lambda t: t.abs().pow(0.5),
-        lambda t: torch.nan_to_num(t), lambda t: F.silu(t, inplace=False), lambda t: (t > 0) & (t < 1), lambda t: ~(t > 0), lambda t: t.round().long() % 2,
-        lambda t: torch.view_as_real(torch.complex(t, t)), lambda t: torch.polar(t.abs(), t).real, lambda t: F.threshold(t, 0, 0),
-    ):  # fmt: skip
+        lambda t: F.gelu(t) + 1,
+        lambda t: torch.where(t > 0, t, 0.0),
+        lambda t: t.masked_fill(t < 0, 0.0),
+        lambda t: t.clamp(min=0),
+        lambda t: 1 - t,
+        lambda t: 1 / t,
+        lambda t: 2**t,
+        lambda t: -t,
+        lambda t: t.to(torch.float32),
+        lambda t: F.dropout(t, 0.0),
+        lambda t: torch.zeros_like(t) + t,
+        lambda t: t.clone().add_(1),
+        lambda t: t.new_zeros(t.shape) + t,
+        lambda t: t.detach().contiguous(),
+        lambda t: torch.maximum(t, t * 2),
+        lambda t: torch.add(t, t, alpha=2),
+        lambda t: torch.lerp(t, t * 2, 0.5),
+        lambda t: t.abs().pow(0.5),
+        lambda t: torch.nan_to_num(t),
+        lambda t: F.silu(t, inplace=False),
+        lambda t: (t > 0) & (t < 1),
+        lambda t: ~(t > 0),
+        lambda t: t.round().long() % 2,
+        lambda t: torch.view_as_real(torch.complex(t, t)),
+        lambda t: torch.polar(t.abs(), t).real,
+        lambda t: F.threshold(t, 0, 0),
+    ):
         check(operation, x, fact)
     if fact.axis != x.dim() - 1:
         check(lambda t: t * vector, x, fact, must=False)

@@ -261,7 +261,7 @@ def test_unmet(met: str, unmet: str, place: str, estimator: str) -> None:
         with pytest.raises(DrawError, match="'weight' of Layer met no operation"):
             run()
     else:
-        with pytest.warns(UnmetWarning, match="'weight' of Layer met no operation") as caught:
+        with pytest.warns(UnmetWarning, match="'weight' of Layer met no operation") as caught:  # noqa: PT031
             run()
             if place != "perturbed":
                 run()
@@ -381,10 +381,15 @@ def _trained(module: nn.Module, make: Callable[[Any], torch.optim.Optimizer], gr
     loaded = torch.load(saved)
     copied = copy.deepcopy(module)
     return {
-        "state": module.state_dict(), "loaded": loaded, "copied": copied.state_dict(), "average": average.state_dict(), "mean": "
-        "mean,
-        "norms": norms, "optimiser": optimiser.state_dict(), "vector": nn.utils.parameters_to_vector(copied.parameters()).detach(),
-    }  # fmt: skip
+        "state": module.state_dict(),
+        "loaded": loaded,
+        "copied": copied.state_dict(),
+        "average": average.state_dict(),
+        "mean": mean,
+        "norms": norms,
+        "optimiser": optimiser.state_dict(),
+        "vector": nn.utils.parameters_to_vector(copied.parameters()).detach(),
+    }
 
 
 @every_estimator

@@ -110,33 +110,69 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, dict[str, Any]]] = {
     "CLIP, text": (_built("CLIPText", "Model", **_TEXT, bos_token_id=1, eos_token_id=2, pad_token_id=0), ending, {}),
     "CLIP, vision": (_built("CLIPVision", "Model", **_CLIP_VISION), image, {}),
     "DeBERTa-v2": (_built("DebertaV2", "Model", **_TEXT, **_DEBERTA), text, {}),
-    "Longformer": (_built("Longformer", "Model", **{**_TEXT, "max_position_embeddings": 40}, attention_window=[4, 4], "
-    "**_SPECIAL), text, {}),
+    "Longformer": (
+        _built("Longformer", "Model", **{**_TEXT, "max_position_embeddings": 40}, attention_window=[4, 4], **_SPECIAL),
+        text,
+        {},
+    ),
     "T5": (_built("T5", "ForConditionalGeneration", vocab_size=VOCABULARY, **_T5), pair, {}),
     "Whisper": (
         _built(
-            "Whisper", "ForConditionalGeneration", vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1,
-            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=8,
-            max_source_positions=8, max_target_positions=16, decoder_start_token_id=1, **_SPECIAL,
-        ), sound, {},
+            "Whisper",
+            "ForConditionalGeneration",
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            num_mel_bins=8,
+            max_source_positions=8,
+            max_target_positions=16,
+            decoder_start_token_id=1,
+            **_SPECIAL,
+        ),
+        sound,
+        {},
     ),
     "ViT": (_built("ViT", "ForImageClassification", **_PATCHES, image_size=16, patch_size=4), image, {}),
     "DINOv2": (_built("Dinov2", "ForImageClassification", **_PATCHES, image_size=16, patch_size=4), image, {}),
     "LayoutLM": (_built("LayoutLM", "Model", **_TEXT, max_2d_position_embeddings=32), layout, {}),
-    "VideoMAE": (_built("VideoMAE", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4, "
-    "tubelet_size=2), frames, {}),
-    "TimeSformer": (_built("Timesformer", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4), "
-    "frames, {}),
+    "VideoMAE": (
+        _built("VideoMAE", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4, tubelet_size=2),
+        frames,
+        {},
+    ),
+    "TimeSformer": (
+        _built("Timesformer", "ForVideoClassification", **_PATCHES, image_size=16, patch_size=8, num_frames=4),
+        frames,
+        {},
+    ),
     "Mamba": (
         _built("Mamba", "ForCausalLM", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, **_SPECIAL),
-        lambda n, length: {"input_ids": tokens(n, length)}, {},
+        lambda n, length: {"input_ids": tokens(n, length)},
+        {},
     ),
     "Perceiver": (
-        _built("Perceiver", "ForMaskedLM", vocab_size=VOCABULARY, num_latents=3, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=2,
-               num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=8),
-        lambda n, length: {"inputs": tokens(n, 8), "attention_mask": torch.ones(n, 8, dtype=torch.long)}, {},
+        _built(
+            "Perceiver",
+            "ForMaskedLM",
+            vocab_size=VOCABULARY,
+            num_latents=3,
+            d_latents=16,
+            d_model=16,
+            num_blocks=1,
+            num_self_attends_per_block=2,
+            num_self_attention_heads=2,
+            num_cross_attention_heads=2,
+            max_position_embeddings=8,
+        ),
+        lambda n, length: {"inputs": tokens(n, 8), "attention_mask": torch.ones(n, 8, dtype=torch.long)},
+        {},
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache

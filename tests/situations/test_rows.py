@@ -4,6 +4,7 @@ exactly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,14 @@ def leaves(output: Any) -> list[Tensor]:
 
 
 def exact(
-    module: nn.Module, inputs: tuple[Any, ...], estimator: str = "flipout", members: int = N, axis: int = 0, shared: tuple[int, ...] = (), **options: Any
-) -> None:  # fmt: skip
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    estimator: str = "flipout",
+    members: int = N,
+    axis: int = 0,
+    shared: tuple[int, ...] = (),
+    **options: Any,
+) -> None:
     """Every row of each output is what the plain module of its member makes of this row alone.
 
     Args:
@@ -99,7 +106,7 @@ def weights(*shape: int) -> nn.Parameter:
 
 
 def linears(*widths: int) -> dict[str, nn.Module]:
-    return {f"l{i}": nn.Linear(a, b) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))}
+    return {f"l{i}": nn.Linear(a, b) for i, (a, b) in enumerate(itertools.pairwise(widths))}
 
 
 # --- axes ---------------------------------------------------------------------------------------------------------------

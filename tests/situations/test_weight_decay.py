@@ -215,9 +215,16 @@ def test_a_hugging_face_trainer(tmp_path: Path):
         torch.manual_seed(0)
         rows = [{"x": torch.randn(4), "labels": torch.tensor(i % 2)} for i in range(16)]
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=2, weight_decay=0.5, use_cpu=True, report_to=[],
-            save_strategy="no", disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            max_steps=2,
+            weight_decay=0.5,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
         trainer = kind(model=Model(), args=arguments, train_dataset=rows)
         trainer.train()
         return trainer
@@ -252,9 +259,15 @@ def test_a_lightning_module(tmp_path: Path):
 
     def fit(net):
         lightning.Trainer(
-            max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path,
-        ).fit(net, rows)  # fmt: skip
+            max_epochs=1,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        ).fit(net, rows)
 
     fit(Net(grouped=True))
     with pytest.raises(flipout.DecayWarning):
