@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.hooks import clear
+from flipout.modes import functional, require_randomness
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
 from flipout.select import Site
@@ -112,6 +113,8 @@ class Draw:
     def _sample(self, device: torch.device | None) -> list[Sample]:
         targets = self._targets()
         devices = {target.mean.device for target in targets}
+        if functional():
+            return self._sample_functional(targets)
         if len(devices) == 1 and "meta" not in {d.type for d in devices}:
             return self.estimator.sample(targets, self.members, self._generator)
         where = [_drawing_device(target, site, device, self._generator) for target, site in zip(targets, self._sites, strict=True)]
@@ -122,13 +125,26 @@ class Draw:
             samples.update(zip((target.name for target in here), drawn, strict=True))
         return [samples[target.name] for target in targets]
 
+    def _sample_functional(self, targets: list[Target]) -> list[Sample]:
+        """Draws under a transform of ``torch.func``."""
+        require_randomness()
+        try:
+            return self.estimator.sample(targets, self.members, self._generator)
+        except RuntimeError as error:
+            laws = ", ".join(sorted({type(target.noise).__name__ for target in targets}))
+            raise DrawError(
+                f"{laws} noise could not be drawn under a transform of torch.func ({str(error).splitlines()[0]}): under vmap a noise must "
+                "draw with functions such as torch.randn and torch.rand, not in place and by no number that it reads; hold a draw around "
+                "the transform instead (with net.hold(...))"
+            ) from error
+
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
         """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn, too."""
         site, sample = self._sites[i], self._samples[i].like(mean)
         base, source = self._fixed.get(i), None
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
             base, source = site.noise.sourced(sample.unit, mean, self._log_std.get(site.name), scaled=sample.scaled)
-            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
+            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling() and not functional():
                 self._fixed[i] = base  # depends on nothing that moves
         if torch.compiler.is_compiling():  # which differentiates what the rules compose
             source = None

@@ -22,7 +22,7 @@ from flipout.hooks import attach
 from flipout.noise import Noise
 from flipout.perturb import Perturbed, member_count
 from flipout.recompute import level, note, noted
-from flipout.rows import Layout, Rows, count_rows, first_batch, require_blocks, rows_dim
+from flipout.rows import Layout, Rows, count_rows, device_of, first_batch, require_blocks, rows_dim
 from flipout.weight import operation_name
 
 __all__ = ["in_place", "perturbed"]
@@ -174,7 +174,7 @@ class Span(Call):
                 dim = rows_dim(part, net.batch_dim)
                 rows = count_rows(part, dim, args, kwargs, net.rows if part is net.module else None)
             if isinstance(draw, LateDraw) and not draw.started:
-                draw.start(rows, None if first is None else getattr(first, "data", first).device)
+                draw.start(rows, None if first is None else device_of(first))
             require_blocks(rows, draw.members, dim)
             if part is self.module:  # what other calls returned stands as this call has it
                 self.tracker = self._new_tracker()

@@ -20,7 +20,7 @@ from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
 from flipout.recompute import HIDDEN_CALL, Event, inside_function, note, noted
-from flipout.rows import count_rows, first_batch, require_blocks, rows_dim
+from flipout.rows import count_rows, device_of, first_batch, require_blocks, rows_dim
 from flipout.select import Selection, Site, check_generator
 
 __all__ = ["Perturbed"]
@@ -186,7 +186,7 @@ class Perturbed(nn.Module):
 
     def _draw(self, members: int, generator: torch.Generator | None, args: Any = (), kwargs: Any = None) -> Draw:
         first = first_batch(args, kwargs or {})
-        device = None if first is None else getattr(first, "data", first).device
+        device = None if first is None else device_of(first)
         return Draw(self.module, self.sites, self.scales, self.estimator, members, generator, self.fallback, device=device)
 
     def _lost(self) -> list[str]:

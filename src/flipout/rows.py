@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipout.errors import BatchError
 
-__all__ = ["Layout", "Mixed", "Rows", "Tracker", "count_rows", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
+__all__ = ["Layout", "Mixed", "Rows", "Tracker", "count_rows", "device_of", "entries", "first_batch", "ordered", "own_rows_dim", "require_blocks", "rows_dim"]
 
 
 class Rows(NamedTuple):
@@ -307,6 +307,11 @@ def first_batch(args: Any, kwargs: Any) -> Tensor | PackedSequence | None:
     leaves = tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
     batches = [leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))]
     return next((batch for batch in batches if not _is_number(batch)), batches[0] if batches else None)
+
+
+def device_of(batch: Tensor | PackedSequence) -> torch.device:
+    """The device of a batch."""
+    return batch.data.device if isinstance(batch, PackedSequence) else batch.device
 
 
 def _is_number(value: Any) -> bool:
