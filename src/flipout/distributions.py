@@ -114,7 +114,7 @@ def _inverse_draw(law: Distribution, generator: torch.Generator | None, dtype: t
         return None
     wide = dtype if dtype == torch.float64 else torch.float32
     uniform = torch.rand(law.batch_shape, generator=generator, dtype=wide, device=device)
-    uniform.clamp_(min=torch.finfo(wide).tiny)  # rand() can return 0, where the inverse is infinite
+    uniform = uniform.clamp(min=torch.finfo(wide).tiny)  # rand() can return 0, where the inverse is infinite
     try:
         return law.icdf(uniform)
     except NotImplementedError:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.hooks import clear
+from flipout.modes import functional, require_randomness
 from flipout.rows import Layout
 from flipout.samples import Sample, Target
 from flipout.select import Selection, Site, held, hooks_on
@@ -122,6 +123,8 @@ class Draw:
     def _sample(self, device: torch.device | None) -> list[Sample]:
         targets = self._targets()
         devices = {target.mean.device for target in targets}
+        if functional():
+            return self._sample_functional(targets)
         if len(devices) == 1 and "meta" not in {d.type for d in devices}:
             return self.estimator.sample(targets, self.members, self._generator)
         where = [_drawing_device(target, site, device, self._generator) for target, site in zip(targets, self._sites, strict=True)]
@@ -131,6 +134,19 @@ class Draw:
             drawn = self.estimator.sample([target.on(each) for target in here], self.members, self._generator)
             samples.update(zip((target.name for target in here), drawn, strict=True))
         return [samples[target.name] for target in targets]
+
+    def _sample_functional(self, targets: list[Target]) -> list[Sample]:
+        """Draws under a transform of ``torch.func``."""
+        require_randomness()
+        try:
+            return self.estimator.sample(targets, self.members, self._generator)
+        except RuntimeError as error:
+            laws = ", ".join(sorted({type(target.noise).__name__ for target in targets}))
+            raise DrawError(
+                f"{laws} noise could not be drawn under a transform of torch.func ({str(error).splitlines()[0]}): under vmap a noise must "
+                "draw with functions such as torch.randn and torch.rand, not in place and by no number that it reads; hold a draw around "
+                "the transform instead (with net.hold(...))"
+            ) from error
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
         """The terms of a parameter, for its mean as it stands: of another dtype or on another device than when it was drawn,
@@ -166,7 +182,7 @@ class Draw:
             if scale is not None:
                 scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
             base, source = site.noise.sourced(sample.unit, mean, scale, scaled=sample.scaled)
-            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling():
+            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling() and not functional():
                 self._fixed[i] = base  # depends on nothing that moves
         if torch.compiler.is_compiling():  # which differentiates what the rules compose
             source = None

@@ -7,7 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "autocasts", "composed", "owned", "transformed"]
+from flipout.errors import DrawError
+
+__all__ = ["autocast", "autocasts", "composed", "functional", "owned", "require_randomness", "transformed"]
+
+
+def functional() -> bool:
+    """Whether a ``torch.func`` transform is active: under ``vmap`` a draw differs per mapped example only out of place."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def require_randomness() -> None:
+    """Raises DrawError under a ``vmap`` that was not told what to do with random numbers."""
+    if torch.compiler.is_compiling() or not functional():
+        return
+    from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+
+    for level in retrieve_all_functorch_interpreters():
+        if isinstance(level, VmapInterpreter) and level.randomness() == "error":
+            raise DrawError(
+                "random weights are drawn under torch.vmap, which was not told whether its elements share them: pass "
+                'randomness="different" (each element its own weights) or randomness="same" to vmap, or hold a draw around it '
+                "(with net.hold(...))"
+            )
 
 
 def transformed() -> bool:

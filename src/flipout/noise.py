@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import ArgumentError
-from flipout.modes import composed
+from flipout.modes import composed, functional
 from flipout.signs import draw_bits, unpack
 
 __all__ = ["DropConnect", "Gaussian", "MultiplicativeGaussian", "Noise", "Rademacher", "Source"]
@@ -175,6 +175,8 @@ class Gaussian(Noise):
     """
 
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if functional():
+            return torch.randn(shape, generator=generator, dtype=dtype, device=device)
         # the stream of randn(), which torch.compile cannot give a generator where a size is not fixed
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
@@ -263,7 +265,7 @@ class DropConnect(Noise):
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.symmetric:
             return Rademacher(1.0).unit(shape, generator=generator, dtype=dtype, device=device)
-        kept = torch.empty(shape, device=device).uniform_(generator=generator) >= self.p
+        kept = torch.rand(shape, generator=generator, device=device) >= self.p
         return kept.to(dtype).div_(1 - self.p).sub_(1)
 
     def unit_log_prob(self, unit: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.modes import functional, transformed
+
 __all__ = ["draw_bits", "draw_signs", "pack", "packed_size", "unpack"]
 
 _INT64_MIN = -(2**63)
@@ -58,7 +60,8 @@ def draw_signs(
 
 def _random_bytes(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """At least ``count`` random bytes: a whole number of words."""
-    if torch.compiler.is_compiling():  # the compiler has no random_(), nor generator=None for a size that it does not know
+    if torch.compiler.is_compiling() or functional():
+        # the compiler and vmap have no random_(), and the compiler no generator=None for a size that it does not know
         source: dict[str, Any] = {} if generator is None else {"generator": generator}
         return torch.randint(256, (count,), dtype=torch.uint8, device=device, **source)
     # All 64 bits of a word are random only over the full range: random_() alone leaves the sign bit 0.
@@ -74,7 +77,7 @@ def unpack(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         tensor([[ 1., -1.,  1., -1.]])
     """
     rows, width = bits.shape
-    if torch.compiler.is_compiling():  # arithmetic fuses into the consumer; a table would be a graph input
+    if transformed():  # arithmetic fuses into the consumer; a table would be a graph input, or be kept from inside a transform
         shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
         signs = ((bits.unsqueeze(-1) >> shifts) & 1).to(dtype) * 2 - 1
     else:

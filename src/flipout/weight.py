@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
+from flipout.modes import require_randomness
 from flipout.registry import find_rule, unruled
 from flipout.rows import NONE, UNKNOWN, UNSEEN, Layout, Rows
 from flipout.signs import draw_bits
@@ -169,6 +170,7 @@ class PerturbedWeight(torch.Tensor):
         """Where signs are drawn per token: the carrier with signs for ``rows`` tokens. Otherwise itself."""
         if self.batch.members is not None:
             return self
+        require_randomness()
         generator, device = self.origin.generator, self.mean_weight.device
         terms = []
         for term in self.terms:
