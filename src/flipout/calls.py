@@ -72,9 +72,8 @@ class Ledger:
         absent = [site.name for i, site in enumerate(sites) if i not in met] + list(lost)
         text = (
             f"{_listed(absent)} of {kind} met no operation in a call, so no noise on them had an effect. Exclude them if the "
-            f"call does "
-            "not use them; if it does, they are hidden from torch's operations (a C++ extension, TorchScript, a part that was "
-            "replaced)"
+            "call does not use them; if it does, they are hidden from torch's operations (a C++ extension, TorchScript, a part "
+            "that was replaced)"
         )
         if self.unmet == "raise":
             raise DrawError(text)
@@ -230,10 +229,8 @@ class Call(TorchFunctionMode):
         if is_sharded(mean):
             raise DrawError(
                 f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): "
-                f"tensor "
-                "parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. Perturbed "
-                "weights "
-                f"are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
+                "tensor parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. "
+                f"Perturbed weights are whole; pass exclude={self.sites[i].name!r}, or read the parameter in its own part"
             )
         if made is None or made[0] is not mean:
             if self._tracing or not self.regions.inside():
@@ -270,8 +267,7 @@ class Call(TorchFunctionMode):
         if draw is None or not draw.running:
             raise DrawError(
                 f"an operation met {weight.origin.name!r} as it was perturbed in an earlier call, whose draw is over: something "
-                f"keeps it "
-                f"(a cache of weights) and would go on with old noise; compute it in each call, or pass "
+                "keeps it (a cache of weights) and would go on with old noise; compute it in each call, or pass "
                 f"exclude={weight.origin.name!r}"
             )
 
@@ -333,9 +329,8 @@ class Call(TorchFunctionMode):
         name = self.sites[i].name
         return DrawError(
             f"an operation met a view or a copy of the perturbed parameter {name!r} that was made before the call (a cached "
-            f"transpose, "
-            ".detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside the call, or pass "
-            f"exclude={name!r}"
+            "transpose, .detach(), an argument of torch.func), so its noise would be dropped in silence; make it inside the "
+            f"call, or pass exclude={name!r}"
         )
 
     def _sharing(self, value: Tensor) -> int | None:
@@ -370,8 +365,7 @@ class Call(TorchFunctionMode):
                 if name is not None:
                     raise BatchError(
                         f"{type(self.module).__name__} returned the perturbed weight {name!r} {tuple(leaf.shape)} itself, which "
-                        f"has no "
-                        "rows; combine it with the input first, or read it with hold() and draw.weights(n)"
+                        "has no rows; combine it with the input first, or read it with hold() and draw.weights(n)"
                     )
 
     # --- the end ----------------------------------------------------------------------------------------------------------

@@ -143,9 +143,9 @@ class Draw:
         except RuntimeError as error:
             laws = ", ".join(sorted({type(target.noise).__name__ for target in targets}))
             raise DrawError(
-                f"{laws} noise could not be drawn under a transform of torch.func ({str(error).splitlines()[0]}): under vmap a noise must "
-                "draw with functions such as torch.randn and torch.rand, not in place and by no number that it reads; hold a draw around "
-                "the transform instead (with net.hold(...))"
+                f"{laws} noise could not be drawn under a transform of torch.func ({str(error).splitlines()[0]}): under vmap a "
+                "noise must draw with functions such as torch.randn and torch.rand, not in place and by no number that it reads; "
+                "hold a draw around the transform instead (with net.hold(...))"
             ) from error
 
     def _terms(self, i: int, mean: Tensor) -> tuple[Term, ...]:
@@ -156,15 +156,14 @@ class Draw:
         if mean.device.type == "meta" and sample.unit.device.type != "meta":
             raise DrawError(
                 f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its "
-                f"part; ask a "
-                "net that is not offloaded, whose draw under the same generator is the same"
+                "part; ask a net that is not offloaded, whose draw under the same generator is the same"
             )
         sample = sample.like(mean)
         if mean.shape != site.shape:
             raise DrawError(
                 f"the parameter {site.name!r} has shape {tuple(mean.shape)}, and its draw was made for {tuple(site.shape)}: it "
-                f"was replaced "
-                "since, or FSDP1 had it in pieces when the draw was made (make the draw inside the call, or use fully_shard)"
+                "was replaced since, or FSDP1 had it in pieces when the draw was made (make the draw inside the call, or use "
+                "fully_shard)"
             )
         base, source = self._fixed.get(i), None
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
@@ -176,8 +175,7 @@ class Draw:
             if scale is not None and scale.device.type == "meta" and mean.device.type != "meta":
                 raise DrawError(
                     f"the learnable scale of {site.name!r} has no values (it is on the device meta): give the wrapper values as "
-                    f"its module "
-                    "was given them (load_state_dict with assign=True), or wrap the module after it has got them"
+                    "its module was given them (load_state_dict with assign=True), or wrap the module after it has got them"
                 )
             if scale is not None:
                 scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
@@ -267,8 +265,7 @@ class Draw:
             except Exception as error:
                 raise DrawError(
                     f"{type(self._module).__name__} cannot be copied ({type(error).__name__}: {error}); take draw.weights({n}), "
-                    f"for "
-                    "torch.func.functional_call or a module that you build"
+                    "for torch.func.functional_call or a module that you build"
                 ) from error
             clear(plain)
             parameters = dict(plain.named_parameters(remove_duplicate=False))
@@ -276,8 +273,7 @@ class Draw:
                 if name not in parameters or parameters[name].device.type == "meta":
                     raise DrawError(
                         f"a copy of {type(self._module).__name__} has no memory for {name!r}, which hooks bring and take away "
-                        f"around "
-                        f"its calls; take draw.weights({n}) in a call, or a module that is not offloaded"
+                        f"around its calls; take draw.weights({n}) in a call, or a module that is not offloaded"
                     )
                 parameters[name].copy_(weight)
         return plain
@@ -302,9 +298,8 @@ class Draw:
             changed = changed or next((repr(name) for name in names - {site.name for site in sites}), None)
         if changed is not None:
             raise DrawError(
-                f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was "
-                f"replaced, or a "
-                "tie made or cut since; make another draw"
+                f"{changed} of {type(self._module).__name__} is not a parameter that the draw was made for: a part was replaced, "
+                "or a tie made or cut since; make another draw"
             )
 
     def resample(self, members: Sequence[int]) -> None:

@@ -133,10 +133,8 @@ def _joined(tracker: Tracker, facts: Iterable[Any]) -> Any:
     if assumed is not None:
         raise BatchError(
             f"the perturbed weight {assumed!r} was expanded to as many entries as the batch has rows, and meets data whose rows "
-            f"stand on "
-            f"another axis (axes {axes} of the result), so whether these entries were meant as rows cannot be told; "
-            f"exclude={assumed!r} "
-            "leaves it unperturbed"
+            f"stand on another axis (axes {axes} of the result), so whether these entries were meant as rows cannot be told; "
+            f"exclude={assumed!r} leaves it unperturbed"
         )
     return Mixed(f"which was made of tensors whose rows stand in different places (axes {axes}), so that rows are mixed")
 
@@ -1091,8 +1089,7 @@ _register(
 _register(
     _matrixwise,
     "inverse inv pinv pinverse qr svd svdvals cholesky eigh eigvalsh eig eigvals det slogdet logdet matrix_exp matrix_power "
-    "matrix_norm "
-    "solve lstsq lu_factor cond matrix_rank cdist",
+    "matrix_norm solve lstsq lu_factor cond matrix_rank cdist",
 )
 _register(_joined_on(1, 2), "hstack")
 _register(_joined_on(0, 2), "vstack row_stack")
@@ -1125,8 +1122,7 @@ _register(_strided, "as_strided")
 _register(
     _reduced,
     "sum mean amax amin max min var std prod logsumexp any all argmax argmin median nanmedian mode nansum nanmean std_mean "
-    "var_mean "
-    "aminmax count_nonzero",
+    "var_mean aminmax count_nonzero",
 )
 _register(_normed, "norm vector_norm")
 _register(_multiplied, "matmul bmm mm mv dot inner __matmul__")
@@ -1138,8 +1134,7 @@ _register(_einsum, "einsum")
 _register(
     _leading,
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d "
-    "avg_pool2d "
-    "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample grid_sample pixel_shuffle pixel_unshuffle one_hot multinomial "
     "max_pool1d_with_indices max_pool2d_with_indices fractional_max_pool2d max_unpool1d max_unpool2d channel_shuffle",
 )

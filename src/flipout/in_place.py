@@ -247,8 +247,7 @@ class Span(Call):
         if isinstance(self.draw, LateDraw) and not self.draw.started:
             raise DrawError(
                 f"{operation_name(func)} met the perturbed parameter {self.sites[i].name!r} before any call of the module told "
-                f"how many "
-                "rows there are; call the module first, or pass perturbed(..., members=N)"
+                "how many rows there are; call the module first, or pass perturbed(..., members=N)"
             )
         return super()._meet(i, mean, func)
 

@@ -131,14 +131,12 @@ class Perturbed(nn.Module):
         if other:
             raise ArgumentError(
                 f"{', '.join(map(repr, other))}: the parameter has another shape than when it was wrapped, and its noise has "
-                f"learnable "
-                "scales of the shape it had; wrap the module again"
+                "learnable scales of the shape it had; wrap the module again"
             )
         if new:
             raise ArgumentError(
                 f"{', '.join(map(repr, new))}: the module got parameters after it was wrapped, and their noise is learnable; "
-                f"wrap the "
-                "module again, so that they get scales of their own"
+                "wrap the module again, so that they get scales of their own"
             )
 
     @property
@@ -417,8 +415,7 @@ def _refuse_overlap(module: Any, sites: Sequence[Site]) -> None:
             if both:
                 raise ArgumentError(
                     f"{both[0]!r} and {len(both) - 1} more are perturbed by the Perturbed at {path!r} inside this module "
-                    f"already; exclude "
-                    f"them here (exclude={(path + '.*').lstrip('.')!r}), or wrap what is in it (its .module)"
+                    f"already; exclude them here (exclude={(path + '.*').lstrip('.')!r}), or wrap what is in it (its .module)"
                 )
 
 

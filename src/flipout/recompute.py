@@ -66,8 +66,7 @@ HIDDEN = (
 )
 HIDDEN_CALL = (
     "a perturbed net was called inside the forward of a torch.autograd.Function, which would call it again in the backward pass "
-    "under "
-    f"another draw. Reentrant checkpointing is one: {_WAY_OUT}"
+    f"under another draw. Reentrant checkpointing is one: {_WAY_OUT}"
 )
 
 
@@ -100,9 +99,8 @@ def _is_checkpoint(pack: Any) -> bool:
         return True
     raise DrawError(
         f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way "
-        f"({name}) that "
-        "this version of flipout does not know, so it could not be run again under the same weights; upgrade flipout, or switch "
-        "checkpointing off"
+        f"({name}) that this version of flipout does not know, so it could not be run again under the same weights; upgrade "
+        "flipout, or switch checkpointing off"
     )
 
 
@@ -181,9 +179,8 @@ class Replay:
 
 _STRAYED = (
     "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, or "
-    "called "
-    "perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends on one "
-    "of them"
+    "called perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends "
+    "on one of them"
 )
 
 

@@ -416,8 +416,7 @@ def _require_no_larger(module: nn.Module, dim: int, args: Any, kwargs: Any) -> N
         if other.shape[dim] > 1:
             raise BatchError(
                 f"the first tensor of {type(module).__name__} has one entry, and another has shape {tuple(other.shape)}: which "
-                f"of them "
-                "counts the rows cannot be told; pass rows= with the name or the position of the argument that does"
+                "of them counts the rows cannot be told; pass rows= with the name or the position of the argument that does"
             )
 
 

@@ -166,10 +166,8 @@ def select(
     if flat is not None:
         raise ArgumentError(
             f"{flat!r} is a FullyShardedDataParallel (FSDP1), whose parameters lie in flat pieces between calls, so that no "
-            f"noise can be "
-            "drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without "
-            "auto_wrap_policy around "
-            "the wrapper"
+            "noise can be drawn for them; use torch.distributed.fsdp.fully_shard, or put one FullyShardedDataParallel without "
+            "auto_wrap_policy around the wrapper"
         )
     laws = dict(noise) if isinstance(noise, Mapping) else {"*": noise}
     for pattern, law in laws.items():

@@ -171,7 +171,7 @@ def test_an_ensemble_of_parameters() -> None:
     stacked = {name: torch.stack([p.detach() + k for k in range(3)]) for name, p in net.named_parameters()}
 
     def call(p: dict[str, Tensor]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        with net.hold(N) as draw:
+        with net.hold(N):
             return functional_call(net, p, (x,)), []
 
     y, _ = torch.vmap(call, randomness="different")(stacked)

@@ -157,8 +157,7 @@ def _rows_of_operands(query: Tensor, key: Tensor, value: Tensor, weights: tuple[
         f"attention met {some.origin.name!r} with queries, keys and values of shapes {tuple(query.shape)}, {tuple(key.shape)}, "
         f"{tuple(value.shape)} in the order [length, batch, features], but the module's own input has {layout.rows} rows on "
         f"batch_dim={layout.dim} for {layout.members} members{''.join(': an operand ' + m.why for m in mixed)}; pass the "
-        f"batch_dim of "
-        "the examples (1 where a module has batch_first=False), and give unbatched input a batch dimension"
+        "batch_dim of the examples (1 where a module has batch_first=False), and give unbatched input a batch dimension"
     )
 
 

@@ -60,8 +60,7 @@ def on_place(weight: PerturbedWeight, ndim: int, place: Rows, what: str) -> Tens
     if shape[place.axis] != 1:
         raise BatchError(
             f"{what} aligns an axis of {weight.origin.name!r} {tuple(weight.mean_weight.shape)} with the rows of an input of "
-            f"{ndim} "
-            f"axes, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
+            f"{ndim} axes, which stand on its axis {place.axis}; name the right batch_dim or exclude the parameter"
         )
     values = per_row(weight.at(place), place.size)
     del shape[place.axis]

@@ -112,9 +112,8 @@ def place_of(carriers: Sequence[PerturbedWeight], x: Tensor, axis: int, what: st
         f" {fact.why}" if isinstance(fact, Mixed) else f", whose rows stand on axis {fact.axis}" if isinstance(fact, Rows) else ""
     )
     raise BatchError(
-        f"{what} met {name!r} with a batch of {size} sequences in an input of shape {tuple(x.shape)}{told}, but the module's "
-        f"own input "
-        f"has {layout.rows if layout.rows is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
+        f"{what} met {name!r} with a batch of {size} sequences in an input of shape {tuple(x.shape)}{told}, but the module's own "
+        f"input has {layout.rows if layout.rows is not None else 'k·' + str(layout.members)} rows on batch_dim={layout.dim}, for "
         f"{layout.members} members. A recurrent layer takes its sequences from its own batch_first (or from the packed batch); "
         "check batch_first and batch_dim, or exclude the layer"
     )
@@ -131,8 +130,7 @@ def batch_of(carriers: Sequence[PerturbedWeight], rows: int, x: Tensor, packed: 
     if not isinstance(fact, Rows) or fact.order is None:
         raise BatchError(
             f"{what} met {name!r} with a packed batch of unknown origin, so the order in which its sequences were sorted is "
-            f"unknown; "
-            "give the module the PackedSequence, pack inside the call, or pass a padded batch"
+            "unknown; give the module the PackedSequence, pack inside the call, or pass a padded batch"
         )
     if layout.rows is not None and rows != layout.rows:
         raise BatchError(

@@ -115,8 +115,8 @@ def _becomes_rows(weight: PerturbedWeight, own: Sequence[int], sizes: Sequence[i
     if len(fits) > 1 and dim not in fits:
         raise BatchError(
             f"the weight {weight.origin.name!r} {tuple(weight.mean_weight.shape)} was expanded to {tuple(sizes)}, and axes "
-            f"{fits} have the "
-            f"{rows} rows of the batch each, so which of them holds the rows cannot be told; exclude={weight.origin.name!r}"
+            f"{fits} have the {rows} rows of the batch each, so which of them holds the rows cannot be told; "
+            f"exclude={weight.origin.name!r}"
         )
     return dim if dim in fits else next(iter(fits), None)
 
