@@ -160,7 +160,10 @@ class Call(TorchFunctionMode):
         else:
             before, AT_HAND.tracker = AT_HAND.tracker, self.tracker
             try:
-                result = PerturbedWeight.__torch_function__(func, types, given, named)
+                if self._tracing:
+                    result = func(*given, **named)
+                else:  # where the operation would lead, without its way there
+                    result = PerturbedWeight.__torch_function__(func, types, given, named)
             finally:
                 AT_HAND.tracker = before
         if type(result) is PerturbedWeight:
@@ -195,7 +198,6 @@ class Call(TorchFunctionMode):
         """The carrier of a parameter that an operation meets."""
         if mean.device.type == "meta" and self.draw._has_values:
             return mean  # a placeholder of what is offloaded, of which no numbers can come
-        self._carried = True
         if self._tracing:
             self.met.add(i)
             return self._weight(i, mean)
@@ -239,6 +241,7 @@ class Call(TorchFunctionMode):
                 with recompute.unseen():
                     weight = self.draw.carrier(i, mean, self.layout)
             made = self._weights[key] = (mean, weight)
+        self._carried = True
         return made[1]
 
     def _require_visible(self, name: str, func: Any) -> None:
@@ -375,10 +378,11 @@ class Call(TorchFunctionMode):
         if self._tracing:
             return
         if self._plain or any(weight() is not None for weight in self._derived):
-            for part in self.module.modules():
-                _compute_again(part)
-                if not self._plain:
-                    _clear(part.__dict__)
+            with recompute.unseen():
+                for part in self.module.modules():
+                    _compute_again(part)
+                    if not self._plain:
+                        _clear(part.__dict__)
         self._derived.clear()
 
 
@@ -482,7 +486,7 @@ class Repetition(Call):
         return True
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
+        take_off(self)
         self.close()  # hooks of a part may have stored weights again
 
 

@@ -669,8 +669,8 @@ def _placed(tracker: Tracker, x: Tensor, axis: int, index: Tensor, fact: Any, so
     if len(wanted) != len(index):
         return Mixed("into which rows were written at places that cannot be followed")
     if isinstance(fact, Rows):
-        if fact.axis == axis and torch.equal(tracker.owners(fact, device)[index], wanted):
-            return fact
+        agree = fact.axis == axis and torch.equal(tracker.owners(fact, device)[index], wanted)
+        return fact if agree else Mixed(f"in which entries of axis {axis} were made of rows of different members")
     else:  # zeros, say: as many entries for each row
         inner, left = divmod(size, source.count)
         guess = Rows(axis, source.count, 1, inner)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flipout.errors import DrawError
 
-__all__ = ["autocast", "autocasts", "composed", "functional", "owned", "require_randomness", "transformed"]
+__all__ = ["autocast", "autocasts", "composed", "functional", "owned", "require_randomness", "selective", "selects", "transformed"]
 
 
 def functional() -> bool:
@@ -34,13 +34,22 @@ def require_randomness() -> None:
 
 
 def transformed() -> bool:
-    """Whether ``torch.compile``, a ``torch.func`` transform or a dispatch mode is tracing: then nothing may be written in place.
+    """Whether ``torch.compile`` or a ``torch.func`` transform is tracing: then nothing may be written in place.
 
-    Selective checkpointing is such a mode: it keeps the results of operations, and refuses those that were written into.
+    Selective checkpointing counts as one: it keeps the results of operations, and refuses those that were written into.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return bool(torch._C._len_torch_dispatch_stack())
+    return torch.compiler.is_compiling() or functional() or selective()
+
+
+def selective() -> bool:
+    """Whether selective checkpointing counts the operations of this thread, in a region's first run or the second."""
+    depth = torch._C._len_torch_dispatch_stack()
+    return any(selects(torch._C._get_dispatch_stack_at(at)) for at in range(depth))
+
+
+def selects(mode: Any) -> bool:
+    """Whether a dispatch mode is that of selective checkpointing."""
+    return type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 
 def composed(*tensors: Tensor | None) -> bool:

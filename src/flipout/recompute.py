@@ -1,12 +1,10 @@
 """Recomputation: parts of a call that autograd runs again in the backward pass, as ``torch.utils.checkpoint`` makes it.
 
-A non-reentrant checkpoint keeps a frame for each region, and a function that runs the region again when its saved tensors are asked
-for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes
-what its
-first run met, and runs again under that: the calls that it was part of, as modes of their own, and the calls of wrappers inside it,
-with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors then: what
-rules
-found is noted, and read in the same order.
+A non-reentrant checkpoint keeps a frame for each region, and a function that runs the region again when its saved tensors are
+asked for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes
+what its first run met, and runs again under that: the calls that it was part of, as modes of their own, and the calls of wrappers
+inside it, with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors
+then: what rules found is noted, and read in the same order.
 
 What is noted refers to draws and modules, never to a call: a graph that is kept keeps no activations.
 """
@@ -25,6 +23,7 @@ import torch
 from torch import nn
 
 from flipout.errors import DrawError
+from flipout.modes import selective
 from flipout.rows import AT_HAND
 
 if TYPE_CHECKING:
@@ -98,9 +97,9 @@ def _is_checkpoint(pack: Any) -> bool:
     if name == _PACK and "frame" in pack.__code__.co_freevars:
         return True
     raise DrawError(
-        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way "
-        f"({name}) that this version of flipout does not know, so it could not be run again under the same weights; upgrade "
-        "flipout, or switch checkpointing off"
+        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way ({name}) "
+        "that this version of flipout does not know, so it could not be run again under the same weights; upgrade flipout, or "
+        "switch checkpointing off"
     )
 
 
@@ -178,8 +177,8 @@ class Replay:
 
 
 _STRAYED = (
-    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, or "
-    "called perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends "
+    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, "
+    "or called perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends "
     "on one of them"
 )
 
@@ -220,11 +219,8 @@ class Event:
                 generator.set_state(state)
         elif self._states:  # never the user's own: what else draws from it goes on
             own = _cloned(own, self._states[0][1])
-        return (
-            draw
-            if self.kind == "call" and draw.estimator.has_members and draw.samples is self._samples
-            else draw.as_it_was(self._samples, own)
-        )
+        unchanged = draw.samples is self._samples and draw.estimator.has_members
+        return draw if unchanged and self.kind == "call" else draw.as_it_was(self._samples, own)
 
 
 def sources(draw: Draw) -> list[torch.Generator]:
@@ -396,7 +392,7 @@ def unseen() -> Iterator[None]:
         return
     with ExitStack() as stack:
         stack.enter_context(_bare())
-        if torch._C._len_torch_dispatch_stack():  # selective checkpointing counts the operations that it sees
+        if selective():  # it counts the operations that it sees
             stack.enter_context(_without_selection())
         yield
 
@@ -407,19 +403,12 @@ def _without_selection() -> Iterator[None]:
 
     modes: list[Any] = []
     try:
-        while torch._C._len_torch_dispatch_stack() and type(_last_mode()).__name__ in _SELECTIVE:
+        while selective():  # one mode outside of others hides what they see as well
             modes.append(_pop_mode())
         yield
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
-
-
-def _last_mode() -> Any:
-    return torch._C._get_dispatch_stack_at(torch._C._len_torch_dispatch_stack() - 1)
-
-
-_SELECTIVE = {"_CachingTorchDispatchMode", "_CachedTorchDispatchMode"}
 
 
 # --- calls inside a region --------------------------------------------------------------------------------------------
