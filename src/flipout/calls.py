@@ -346,7 +346,7 @@ class Repetition(Call):
         return True
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+        take_off(self)
         self.close()  # hooks of a part may have stored weights again
 
 
@@ -393,8 +393,8 @@ _RAW = METADATA | {
     torch.Tensor.untyped_storage,
     torch.Tensor._typed_storage,
     torch.Tensor.storage,
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[union-attr]
+    torch.Tensor._backward_hooks.__set__,  # type: ignore[union-attr]
     torch.Tensor._reduce_ex_internal,
     torch.Tensor.is_shared,
     torch.Tensor.__repr__,

@@ -1,4 +1,4 @@
-"""Code that is compiled inside a module: it runs as Python while weights are perturbed, since its graph has the mean weights in it."""
+"""Code that is compiled inside a module: it runs as Python while weights are perturbed, since its graph has the means in it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.hooks import clear
-from flipout.modes import functional, require_randomness
+from flipout.modes import functional, require_randomness, uncounted
 from flipout.samples import Sample, Target
 from flipout.rows import Layout
 from flipout.select import Site
@@ -73,7 +73,8 @@ class Draw:
         self._generator = generator
         self._fallback = fallback
         self._home: tuple[int, int | None] | None = None
-        self._samples = self._padded(self._sample(device) if samples is None else samples)
+        with uncounted():
+            self._samples = self._padded(self._sample(device) if samples is None else samples)
         self._fixed: dict[int, Tensor] = {}
         self._layouts: dict[tuple[int | None, int], Layout] = {}
         self._carriers: dict[tuple[int, Layout], tuple[Any, Tensor]] = {}

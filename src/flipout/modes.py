@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +11,17 @@ from torch import Tensor
 
 from flipout.errors import DrawError
 
-__all__ = ["autocast", "autocasts", "composed", "functional", "owned", "require_randomness", "transformed"]
+__all__ = [
+    "autocast",
+    "autocasts",
+    "composed",
+    "functional",
+    "owned",
+    "require_randomness",
+    "selective",
+    "transformed",
+    "uncounted",
+]
 
 
 def functional() -> bool:
@@ -34,13 +46,38 @@ def require_randomness() -> None:
 
 
 def transformed() -> bool:
-    """Whether ``torch.compile``, a ``torch.func`` transform or a dispatch mode is tracing: then nothing may be written in place.
+    """Whether ``torch.compile`` or a ``torch.func`` transform is tracing: then nothing may be written in place.
 
-    Selective checkpointing is such a mode: it keeps the results of operations, and refuses those that were written into.
+    Selective checkpointing counts as one: it keeps the results of operations, and refuses those that were written into.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return bool(torch._C._len_torch_dispatch_stack())
+    return torch.compiler.is_compiling() or functional() or selective()
+
+
+def selective() -> bool:
+    """Whether selective checkpointing counts the operations of this thread, in a region's first run or the second."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = [torch._C._get_dispatch_stack_at(at) for at in range(torch._C._len_torch_dispatch_stack())]
+    return any(type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for mode in modes)
+
+
+def uncounted() -> AbstractContextManager[None]:
+    """Hides from selective checkpointing what is computed inside: what a region does in its first run alone, and what it draws."""
+    return _uncounted() if selective() else nullcontext()
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+    modes: list[Any] = []
+    try:
+        while selective():  # a mode outside of others takes these off with it
+            modes.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def composed(*tensors: Tensor | None) -> bool:

@@ -1,10 +1,10 @@
 """Recomputation: parts of a call that autograd runs again in the backward pass, as ``torch.utils.checkpoint`` makes it.
 
-A non-reentrant checkpoint keeps a frame for each region, and a function that runs the region again when its saved tensors are asked
-for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes what its
-first run met, and runs again under that: the calls that it was part of, as modes of their own, and the calls of wrappers inside it,
-with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors then: what rules
-found is noted, and read in the same order.
+A non-reentrant checkpoint keeps a frame for each region, and a function that runs the region again when its saved tensors are
+asked for: by then the call is over, and the draw may have been resampled or the module put into another mode. So each region notes
+what its first run met, and runs again under that: the calls that it was part of, as modes of their own, and the calls of wrappers
+inside it, with the draws that they made. Rows are not followed a second time, since the inputs of the region are other tensors
+then: what rules found is noted, and read in the same order.
 
 What is noted refers to draws and modules, never to a call: a graph that is kept keeps no activations.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from flipout.errors import DrawError
+from flipout.modes import uncounted
 from flipout.rows import AT_HAND
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ __all__ = [
     "unseen",
 ]
 
-_top = torch._C._autograd._top_saved_tensors_default_hooks
+_top: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -61,8 +62,8 @@ HIDDEN = (
     f"{_WAY_OUT}"
 )
 HIDDEN_CALL = (
-    "a perturbed net was called inside the forward of a torch.autograd.Function, which would call it again in the backward pass under "
-    f"another draw. Reentrant checkpointing is one: {_WAY_OUT}"
+    "a perturbed net was called inside the forward of a torch.autograd.Function, which would call it again in the backward pass "
+    f"under another draw. Reentrant checkpointing is one: {_WAY_OUT}"
 )
 
 
@@ -94,9 +95,9 @@ def _is_checkpoint(pack: Any) -> bool:
     if name == _PACK and "frame" in pack.__code__.co_freevars:
         return True
     raise DrawError(
-        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way ({name}) that "
-        "this version of flipout does not know, so it could not be run again under the same weights; upgrade flipout, or switch "
-        "checkpointing off"
+        f"a perturbed weight was used in a checkpointed region, and torch {torch.__version__} keeps such regions in a way ({name}) "
+        "that this version of flipout does not know, so it could not be run again under the same weights; upgrade flipout, or "
+        "switch checkpointing off"
     )
 
 
@@ -174,8 +175,9 @@ class Replay:
 
 
 _STRAYED = (
-    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, or called "
-    "perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends on one of them"
+    "a checkpointed region did not do in the backward pass what it had done in the forward pass: it used perturbed weights, "
+    "or called perturbed nets, in another order or more often. A region must depend on its arguments alone; make what it depends "
+    "on one of them"
 )
 
 
@@ -215,7 +217,8 @@ class Event:
                 generator.set_state(state)
         elif self._states:  # never the user's own: what else draws from it goes on
             own = _cloned(own, self._states[0][1])
-        return draw if self.kind == "call" and draw.estimator.has_members and draw.samples is self._samples else draw.as_it_was(self._samples, own)
+        unchanged = draw.samples is self._samples and draw.estimator.has_members
+        return draw if unchanged and self.kind == "call" else draw.as_it_was(self._samples, own)
 
 
 def sources(draw: Draw) -> list[torch.Generator]:
@@ -387,30 +390,8 @@ def unseen() -> Iterator[None]:
         return
     with ExitStack() as stack:
         stack.enter_context(_bare())
-        if torch._C._len_torch_dispatch_stack():  # selective checkpointing counts the operations that it sees
-            stack.enter_context(_without_selection())
+        stack.enter_context(uncounted())
         yield
-
-
-@contextmanager
-def _without_selection() -> Iterator[None]:
-    from torch.utils._python_dispatch import _pop_mode, _push_mode
-
-    modes: list[Any] = []
-    try:
-        while torch._C._len_torch_dispatch_stack() and type(_last_mode()).__name__ in _SELECTIVE:
-            modes.append(_pop_mode())
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
-
-
-def _last_mode() -> Any:
-    return torch._C._get_dispatch_stack_at(torch._C._len_torch_dispatch_stack() - 1)
-
-
-_SELECTIVE = {"_CachingTorchDispatchMode", "_CachedTorchDispatchMode"}
 
 
 # --- calls inside a region --------------------------------------------------------------------------------------------

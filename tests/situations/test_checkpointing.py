@@ -447,21 +447,25 @@ def test_options(estimator: str, option: str, module: str) -> None:
     require_same(run)
 
 
-def _policy(*_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE
+#: What selective checkpoints keep.
+KEPT: dict[str, Any] = {
+    "products": [torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default],
+    "all": lambda context, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE,
+    "alternately": lambda context, op, *args, **kwargs: CheckpointPolicy(2 * (len(op.name()) % 2)),
+}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("around", [True, False], ids=["around", "inside"])
-def test_selective_checkpoints(estimator: str, around: bool) -> None:
+@pytest.mark.parametrize("kept", KEPT)
+def test_selective_checkpoints(estimator: str, around: bool, kept: str) -> None:
     """What is kept is counted off by operation: weights that are made in between must not be."""
 
     def run(how: Run) -> list[Tensor]:
         net, x = wrapped(build(), ESTIMATORS[estimator], NOISES["relative"]), data()
 
         def selective(function: Run, *args: Any) -> Any:
-            policy = [torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
-            context = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+            context = lambda: create_selective_checkpoint_contexts(KEPT[kept])  # noqa: E731
             return checkpoint(function, *args, use_reentrant=False, context_fn=context)
 
         how = direct if how is direct else selective
@@ -664,7 +668,8 @@ def test_weights_that_hooks_compute_are_put_back() -> None:
         layer = nn.utils.weight_norm(nn.Linear(5, 5))
 
     def run(how: Run) -> list[Tensor]:
-        net, x = flipout.Perturbed(layer.double(), NOISES["fixed"], flipout.Independent(), generator=torch.Generator().manual_seed(1)), data()
+        generator, x = torch.Generator().manual_seed(1), data()
+        net = flipout.Perturbed(layer.double(), NOISES["fixed"], flipout.Independent(), generator=generator)
         y = how(net, x)
         found = [y, *grads(y, [x, *net.parameters()])]
         assert type(layer.weight) is Tensor
@@ -750,20 +755,20 @@ def test_the_mean_goes_through_reentrant_checkpoints() -> None:
     y.sum().backward()
 
 
-def test_a_weight_given_as_an_argument_of_a_region() -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_weight_given_as_an_argument_of_a_region(estimator: str) -> None:
     class Handing(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.run(nn.functional.linear, self.first(x), self.third.weight, self.third.bias)  # type: ignore[no-any-return]
 
     def run(how: Run) -> list[Tensor]:
         torch.manual_seed(0)
-        net, x = wrapped(Handing().double(), estimator), data()
+        net, x = wrapped(Handing().double(), ESTIMATORS[estimator]), data()
         net.module.run = how
         y = net(x)
         return [y, *grads(y, [x, *net.parameters()])]
 
-    for estimator in ESTIMATORS.values():
-        require_same(run)
+    require_same(run)
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -818,12 +823,11 @@ def test_reentrant_checkpointing_of_transformers_raises(estimator: str, way: str
     pytest.importorskip("transformers", reason="checks the models of transformers")
     model, inputs = _tiny("GPT-2")
     model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
-    with pytest.raises(flipout.errors.FlipoutError, match=r"use_reentrant=False.*gradient_checkpointing_kwargs"):
-        if way == "wrapped":
-            flipout.Perturbed(model, NOISES["fixed"], ESTIMATORS[estimator])(**inputs)
-        else:
-            with flipout.perturbed(model, NOISES["fixed"], ESTIMATORS[estimator]):
-                model(**inputs)
+    called: nn.Module = model if way == "in_place" else flipout.Perturbed(model, NOISES["fixed"], ESTIMATORS[estimator])
+    noisy = flipout.perturbed(model, NOISES["fixed"], ESTIMATORS[estimator], unmet="ignore")
+    told = pytest.raises(flipout.errors.FlipoutError, match=r"use_reentrant=False.*gradient_checkpointing_kwargs")
+    with noisy if way == "in_place" else contextlib.nullcontext(), told:
+        called(**inputs)
 
 
 @pytest.mark.parametrize("way", ["wrapped", "in_place"])

@@ -403,7 +403,9 @@ class Noisy(torch.utils.data.Dataset[Tensor]):
 def test_workers_of_a_data_loader(context: str) -> None:
     net = wrapped()
     expected = [Noisy(net)[i] for i in range(8)]
-    loader = torch.utils.data.DataLoader(Noisy(net), batch_size=None, num_workers=1 + (context == "fork"), multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(
+        Noisy(net), batch_size=None, num_workers=1 + (context == "fork"), multiprocessing_context=context
+    )
     for found, wanted in zip(loader, expected, strict=True):
         assert distance(found, wanted) <= EXACT
 
