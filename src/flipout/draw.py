@@ -82,7 +82,8 @@ class Draw:
         self._generator = generator
         self._fallback = fallback
         self._home: tuple[int, int | None] | None = None
-        self._samples = self._padded(self._sample(device) if samples is None else samples)
+        with uncounted():
+            self._samples = self._padded(self._sample(device) if samples is None else samples)
         self._fixed: dict[int, Tensor] = {}
         self._layouts: dict[tuple[int | None, int], Layout] = {}
         self._carriers: dict[tuple[int, Layout], tuple[Tensor, Any, Tensor]] = {}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, DrawError, MemberError, MissingRuleError, UnsupportedNoiseError
-from flipout.modes import require_randomness
+from flipout.modes import require_randomness, uncounted
 from flipout.registry import find_rule, unruled
 from flipout.rows import NONE, UNKNOWN, UNSEEN, Layout, Rows
 from flipout.signs import draw_bits
@@ -174,7 +174,8 @@ class PerturbedWeight(torch.Tensor):
         generator, device = self.origin.generator, self.mean_weight.device
         terms = []
         for term in self.terms:
-            bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
+            with uncounted():
+                bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
             factors = [replace(factor, values=b, packed=True, repeat=1) for factor, b in zip(term.factors, bits, strict=True)]
             terms.append(Term(term.base, tuple(factors)))
         return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)

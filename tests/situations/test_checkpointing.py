@@ -446,21 +446,25 @@ def test_options(estimator: str, option: str, module: str) -> None:
     require_same(run)
 
 
-def _policy(*_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE
+#: What selective checkpoints keep.
+KEPT: dict[str, Any] = {
+    "products": [torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default],
+    "all": lambda context, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE,
+    "alternately": lambda context, op, *args, **kwargs: CheckpointPolicy(2 * (len(op.name()) % 2)),
+}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("around", [True, False], ids=["around", "inside"])
-def test_selective_checkpoints(estimator: str, around: bool) -> None:
+@pytest.mark.parametrize("kept", KEPT)
+def test_selective_checkpoints(estimator: str, around: bool, kept: str) -> None:
     """What is kept is counted off by operation: weights that are made in between must not be."""
 
     def run(how: Run) -> list[Tensor]:
         net, x = wrapped(build(), ESTIMATORS[estimator], NOISES["relative"]), data()
 
         def selective(function: Run, *args: Any) -> Any:
-            policy = [torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
-            context = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+            context = lambda: create_selective_checkpoint_contexts(KEPT[kept])  # noqa: E731
             return checkpoint(function, *args, use_reentrant=False, context_fn=context)
 
         how = direct if how is direct else selective

@@ -174,8 +174,9 @@ def test_an_ensemble_of_parameters() -> None:
         with net.hold(N):
             return functional_call(net, p, (x,)), []
 
-    y, _ = torch.vmap(call, randomness="different")(stacked)
+    y, again = torch.vmap(call, randomness="different")(stacked)
     assert y.shape == (3, N, 2)
+    assert distance(y, again) <= EXACT
     net.eval()
     means = torch.vmap(lambda p: functional_call(net, p, (x,)))(stacked)
     for k in range(3):

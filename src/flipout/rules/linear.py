@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
-from flipout.modes import autocast, functional, require_randomness
+from flipout.modes import autocast, functional, require_randomness, uncounted
 from flipout.registry import rule
 from flipout.rows import Part, Rows
 from flipout.rules.axes import permute, reshape
@@ -195,10 +195,11 @@ def linear_local(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     x, mean, scale = autocast(input, weight.mean_weight, weight.terms[0].base)
     variance = F.linear(x.square(), scale.expand(mean.shape).square())
     require_randomness()
-    if functional():
-        noise = torch.randn(variance.shape, generator=origin.generator, dtype=variance.dtype, device=variance.device)
-    else:
-        noise = torch.empty_like(variance).normal_(generator=origin.generator)
+    with uncounted():
+        if functional():
+            noise = torch.randn(variance.shape, generator=origin.generator, dtype=variance.dtype, device=variance.device)
+        else:
+            noise = torch.empty_like(variance).normal_(generator=origin.generator)
     # the square root has no slope at zero: a row of zeros has no noise and no gradient
     return _add_bias(F.linear(x, mean) + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * noise, bias, place)
 
