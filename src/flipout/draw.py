@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Shared
 from flipout.hooks import clear
-from flipout.modes import functional, require_randomness
+from flipout.modes import functional, require_randomness, uncounted
 from flipout.rows import Layout
 from flipout.samples import Sample, Target
 from flipout.select import Selection, Site, held, hooks_on

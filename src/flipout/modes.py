@@ -11,7 +11,17 @@ from torch import Tensor
 
 from flipout.errors import DrawError
 
-__all__ = ["autocast", "autocasts", "composed", "functional", "owned", "require_randomness", "selective", "selects", "transformed"]
+__all__ = [
+    "autocast",
+    "autocasts",
+    "composed",
+    "functional",
+    "owned",
+    "require_randomness",
+    "selective",
+    "transformed",
+    "uncounted",
+]
 
 
 def functional() -> bool:
@@ -45,13 +55,29 @@ def transformed() -> bool:
 
 def selective() -> bool:
     """Whether selective checkpointing counts the operations of this thread, in a region's first run or the second."""
-    depth = torch._C._len_torch_dispatch_stack()
-    return any(selects(torch._C._get_dispatch_stack_at(at)) for at in range(depth))
+    if torch.compiler.is_compiling():
+        return False
+    modes = [torch._C._get_dispatch_stack_at(at) for at in range(torch._C._len_torch_dispatch_stack())]
+    return any(type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for mode in modes)
 
 
-def selects(mode: Any) -> bool:
-    """Whether a dispatch mode is that of selective checkpointing."""
-    return type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+def uncounted() -> AbstractContextManager[None]:
+    """Hides from selective checkpointing what is computed inside: what a region does in its first run alone, and what it draws."""
+    return _uncounted() if selective() else nullcontext()
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+    modes: list[Any] = []
+    try:
+        while selective():  # a mode outside of others takes these off with it
+            modes.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def composed(*tensors: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from flipout.draw import Draw, offloaded_to
 from flipout.errors import ArgumentError, BatchError, DrawError
 from flipout.estimators import Estimator, Flipout
 from flipout.noise import Noise
-from flipout.recompute import HIDDEN_CALL, Event, inside_function, note, noted, unseen
+from flipout.recompute import HIDDEN_CALL, Event, inside_function, note, noted
 from flipout.rows import batch_device, count_rows, first_batch, require_blocks, rows_dim
 from flipout.select import SCALES, Selection, Site, check_generator, held
 
@@ -175,11 +175,8 @@ class Perturbed(nn.Module):
             if not compiling and not torch.is_grad_enabled() and inside_function():
                 raise DrawError(HIDDEN_CALL)
             made, rows = draw is None, count_rows(self.module, self.batch_dim, args, kwargs, self.rows)
-            if draw is None and compiling:
+            if draw is None:
                 draw = self._draw(rows, self.generator, args, kwargs)
-            elif draw is None:
-                with unseen():  # a checkpointed region that runs again does not draw again
-                    draw = self._draw(rows, self.generator, args, kwargs)
             else:
                 if not compiling:
                     draw._require_standing(self.sites)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from flipout.errors import DrawError
-from flipout.modes import selective
+from flipout.modes import uncounted
 from flipout.rows import AT_HAND
 
 if TYPE_CHECKING:
@@ -392,23 +392,8 @@ def unseen() -> Iterator[None]:
         return
     with ExitStack() as stack:
         stack.enter_context(_bare())
-        if selective():  # it counts the operations that it sees
-            stack.enter_context(_without_selection())
+        stack.enter_context(uncounted())
         yield
-
-
-@contextmanager
-def _without_selection() -> Iterator[None]:
-    from torch.utils._python_dispatch import _pop_mode, _push_mode
-
-    modes: list[Any] = []
-    try:
-        while selective():  # one mode outside of others hides what they see as well
-            modes.append(_pop_mode())
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
 
 
 # --- calls inside a region --------------------------------------------------------------------------------------------
