@@ -201,7 +201,7 @@ class Draw:
 
     def carrier(self, i: int, mean: Tensor, layout: Layout) -> Tensor:
         """The weight of the i-th selected parameter, whose mean stands as ``mean``; the last one where nothing in it has moved."""
-        last = self._carriers.get((i, layout))
+        last = None if torch.compiler.is_compiling() else self._carriers.get((i, layout))
         if last is not None and last[0] is mean and last[1] == (mean.dtype, mean.device, mean.requires_grad):
             return last[2]
         if self.is_one_weight:
@@ -212,7 +212,9 @@ class Draw:
             site.name, self.estimator, self._fallback, generator, [], None if torch.compiler.is_compiling() else weakref.ref(self)
         )
         weight = PerturbedWeight(mean, self._terms(i, mean), layout, origin)
-        if i in self._fixed and self.estimator.has_members:  # it reads the mean in place, but copied its metadata
+        if (
+            i in self._fixed and self.estimator.has_members and not torch.compiler.is_compiling()
+        ):  # it reads the mean in place, but copied its metadata
             self._carriers[i, layout] = (mean, (mean.dtype, mean.device, mean.requires_grad), weight)
         return weight
 

@@ -855,6 +855,18 @@ def _multiplied(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
     return _joined(tracker, [_left_factor(_of(tracker, a), a, b, result), _right_factor(_of(tracker, b), a, b, result)])
 
 
+def _distances(tracker: Tracker, args: Any, kwargs: Any, result: Any) -> Any:
+    """cdist: rows of points stand on the last axis but one, those of the points they are compared with on the last."""
+    a, b = _operands(args, kwargs)[:2]
+    of_a, of_b = _of(tracker, a), _of(tracker, b)
+    if isinstance(of_a, Rows):
+        of_a = _lost(a, of_a) if of_a.axis == a.dim() - 1 else of_a._replace(axis=of_a.axis + result.dim() - a.dim())
+    if isinstance(of_b, Rows):
+        last = of_b.axis == b.dim() - 2
+        of_b = _lost(b, of_b) if of_b.axis == b.dim() - 1 else of_b._replace(axis=of_b.axis + result.dim() - b.dim() + last)
+    return _joined(tracker, [of_a, of_b])
+
+
 def _left_factor(fact: Any, a: Tensor, b: Tensor, result: Tensor) -> Any:
     if not isinstance(fact, Rows):
         return fact
@@ -1089,7 +1101,7 @@ _register(
 _register(
     _matrixwise,
     "inverse inv pinv pinverse qr svd svdvals cholesky eigh eigvalsh eig eigvals det slogdet logdet matrix_exp matrix_power "
-    "matrix_norm solve lstsq lu_factor cond matrix_rank cdist",
+    "matrix_norm solve lstsq lu_factor cond matrix_rank",
 )
 _register(_joined_on(1, 2), "hstack")
 _register(_joined_on(0, 2), "vstack row_stack")
@@ -1126,6 +1138,7 @@ _register(
 )
 _register(_normed, "norm vector_norm")
 _register(_multiplied, "matmul bmm mm mv dot inner __matmul__")
+_register(_distances, "cdist")
 _register(_reflected_product, "__rmatmul__")
 _register(_added_product, "addmm baddbmm addmv")
 _register(_linear, "linear")
