@@ -153,7 +153,7 @@ class Call(TorchFunctionMode):
         self._carried = self._entered = False
         given = tuple([self._swap(arg, func) for arg in args])
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
-        if self._plain and self._weights and _writes(func, kwargs):
+        if self._plain and self._weights and not self._tracing and _writes(func, kwargs):
             self._require_unwritten(func, given, named)
         if not self._carried or self.draw.is_one_weight:
             result = func(*given, **named)
