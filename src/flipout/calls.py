@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack, _pop_torch_function_stack, _push_on_torch_function_stack
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -392,12 +391,13 @@ def _is_packed(leaf: Any) -> bool:
 
 def _compute_again(part: nn.Module) -> None:
     """Has the old-style hooks of a part compute its weights from the means, without another step of a power iteration."""
+    pruning: Any = sys.modules.get("torch.nn.utils.prune")  # which torch does not import by itself
     for hook in part._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             setattr(part, hook.name, hook.compute_weight(part))
         elif isinstance(hook, SpectralNorm):
             setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
-        elif isinstance(hook, BasePruningMethod):
+        elif pruning is not None and isinstance(hook, pruning.BasePruningMethod):
             hook(part, ())
 
 
