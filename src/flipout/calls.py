@@ -95,6 +95,9 @@ class Call(TorchFunctionMode):
         layout: the rows of the call's input.
     """
 
+    #: Whether it has ended, though it may stand on a thread's stack of modes yet.
+    over = False
+
     def __init__(self, module: nn.Module, draw: Draw, layout: Layout) -> None:
         super().__init__()
         self.module, self.draw, self.layout = module, draw, layout
@@ -486,21 +489,21 @@ class Repetition(Call):
         return True
 
     def __exit__(self, *reason: Any) -> None:
-        take_off(self)
+        self.over = True
+        take_off()
         self.close()  # hooks of a part may have stored weights again
 
 
-def take_off(call: Call) -> None:
-    """Takes a call off this thread's stack of modes, wherever it stands there: async tasks end in any order."""
-    above: list[Any] = []
-    try:
-        while _len_torch_function_stack():
-            mode = _pop_torch_function_stack()
-            if mode is call:
-                break
-            above.append(mode)
-    finally:
-        for mode in reversed(above):
+def take_off() -> None:
+    """Takes the calls that are over off this thread's stack of modes, wherever they stand there: async tasks end in any order.
+
+    What was closed in another thread goes with the next one that is closed or entered here; until then it does nothing.
+    """
+    stack: list[Any] = []
+    while _len_torch_function_stack():
+        stack.append(_pop_torch_function_stack())
+    for mode in reversed(stack):
+        if not (isinstance(mode, Call) and mode.over):
             _push_on_torch_function_stack(mode)
 
 

@@ -16,7 +16,7 @@ __all__ = ["leave_to_python", "run_eagerly"]
 
 _C: Any = torch._C  # whose parts are not annotated
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a context that the collector closes may come in between
 _STANCES: list[Any] = []
 _INSIDE = [0]
 

@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["Hook", "attach", "clear"]
 
 #: torch numbers hooks without a lock.
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 class Hook:

@@ -149,8 +149,13 @@ class Span(Call):
         self._copies: dict[int, tuple[Any, int]] = {}
         super().__init__(net.module, draw, Layout(draw.members, None, net.batch_dim, followed=True))
 
+    def __enter__(self) -> Any:
+        take_off()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
     def __exit__(self, *reason: Any) -> None:
-        take_off(self)  # in another thread than its own it cannot be: it is off all the same, and does nothing there
+        self.over = True
+        take_off()
 
     # --- calls of parts ---------------------------------------------------------------------------------------------------
 

@@ -464,3 +464,4 @@ def test_in_place_closed_in_another_thread_ends() -> None:
     with flipout.perturbed(module, flipout.Gaussian(0.3)):
         assert distance(module(data(0)), plain) > 1e-6
     assert torch.equal(module(data(0)), plain)
+    assert not torch.overrides._get_current_function_mode_stack()
