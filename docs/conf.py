@@ -25,7 +25,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?"),
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.
-    (r"py:class", r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|rows\.\w+|select\.Site|registry\._R|noise\.Source)"),
+    (
+        r"py:class",
+        r"flipout\.(samples\.(Target|Sample)|terms\.\w+|weight\.\w+|rows\.\w+|select\.(Site|Selection)|registry\._R|noise\.Source)",
+    ),
     (
         r"py:class",
         r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)",

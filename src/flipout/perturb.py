@@ -264,8 +264,8 @@ class Perturbed(nn.Module):
             The :class:`flipout.Draw`.
 
         Raises:
-            ArgumentError: if ``members`` is not a positive integer, the generator is of another device, or ``owner`` names no
-            members.
+            ArgumentError: if ``members`` is not a positive integer, the generator is of another device, or ``owner`` does not
+                name members.
             DrawError: if a draw is already held.
             BatchError: from calls whose rows do not divide into the members.
 
