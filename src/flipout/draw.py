@@ -154,7 +154,7 @@ class Draw:
         too.
         """
         site, sample = self._sites[i], self._samples[i]
-        if mean.device.type == "meta" and sample.unit.device.type != "meta":
+        if mean.is_meta and not sample.unit.is_meta:
             raise DrawError(
                 f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its "
                 "part; ask a net that is not offloaded, whose draw under the same generator is the same"
@@ -168,7 +168,7 @@ class Draw:
             )
         base, source = self._fixed.get(i), None
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
-            scale = self._log_std.get(site.name)
+            scale = self._log_std.get(site.name) if site.noise.learnable else None
             if scale is None and site.noise.learnable:
                 raise DrawError(
                     f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there"
