@@ -12,7 +12,7 @@ from torch import nn
 
 import flipout
 from flipout.data import penn_treebank, text_batches
-from flipout.experiments.networks import CharLSTM
+from flipout_experiments.nets.networks import CharLSTM
 
 
 def main() -> None:

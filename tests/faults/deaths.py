@@ -28,8 +28,11 @@ from flipout.evolution import (
     rollouts,  # noqa: F401
     save_checkpoint,
 )
-from flipout.experiments import figures, lm, metrics, regularization, reproduce, train_es  # noqa: F401
-from flipout.experiments.run import Run, silent
+from flipout_experiments.harness import metrics_file as metrics
+from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.run import Run, silent
+from flipout_experiments.language import lm
+from flipout_experiments.paper.evolution import train_es
 
 
 def die() -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from flipout.variance.components import VarianceComponents, variance_components
 from flipout.variance.curve import VarianceCurve, variance_curve
-from flipout.variance.estimators import ESTIMATORS, named_estimators
 from flipout.variance.measure import gradient_variance
+from flipout.variance.named import ESTIMATORS, named_estimators
 from flipout.variance.results import EstimatorVariance, GradientVariance
 from flipout.variance.sampling import without_replacement
 from flipout.variance.suggest import BatchSuggestion, suggest_batch_size
