@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:class",
-        r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)",
+        r"flipout\.(data\.sources\.Remote|storage\.parts\.Stateful|evolution\.(noise\.Directions|statistics\.BatchGuard)|sklearn\._BayesianNet)",
     ),
 ]
 

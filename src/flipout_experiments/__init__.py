@@ -1,1 +1,1 @@
-"""The experiments of the paper, the language product, the report and the command ``flipout``; nothing in :mod:`flipout` needs them."""
+"""The paper's experiments, language models, the report and the command ``flipout``. Nothing in :mod:`flipout` needs them."""

@@ -21,13 +21,13 @@ import torch._dynamo  # optimisers import it at their first step
 from matplotlib import figure  # noqa: F401
 from torch import nn
 
-from flipout import files
 from flipout.evolution import (
     EvolutionStrategy,
     load_checkpoint,
     rollouts,  # noqa: F401
     save_checkpoint,
 )
+from flipout.storage import files
 from flipout_experiments.harness import metrics_file as metrics
 from flipout_experiments.harness import reproduce
 from flipout_experiments.harness.run import Run, silent

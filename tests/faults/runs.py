@@ -7,7 +7,7 @@ from pathlib import Path
 import coin
 import torch
 
-from flipout import files
+from flipout.storage import files
 from flipout_experiments.harness import reproduce
 from flipout_experiments.harness.run import Run
 

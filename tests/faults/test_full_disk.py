@@ -14,10 +14,10 @@ import runs
 import torch
 from runs import assert_nothing_lost, resumed, toss, unfinished
 
-from flipout import files
 from flipout.data.sources import Remote, fetch
 from flipout.errors import DownloadError, SaveError
 from flipout.evolution import EvolutionStrategy, load_checkpoint, save_checkpoint
+from flipout.storage import files
 from flipout_experiments.language.lm import lm_settings, run_lm
 from flipout_experiments.report import write_report
 
@@ -42,9 +42,7 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, monkeypatch):
     with resumed(folder) as run:
         with monkeypatch.context() as patch:
             fills_after(patch, 0)
-            with pytest.raises(
-                SaveError, match=r"No space left on device\); the version saved before is kept.*go on from what was saved"
-            ):
+            with pytest.raises(SaveError, match=r"No space left on device\); the version saved before is kept.*what was saved"):
                 run.save_checkpoint("state", {"x": torch.zeros(3)})
         assert torch.equal(run.load_checkpoint("state")["x"], torch.ones(3))
         assert not list(folder.rglob(f"*{files.UNFINISHED}"))

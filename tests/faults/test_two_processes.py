@@ -12,8 +12,8 @@ import pytest
 from runs import assert_nothing_lost, contents, resumed, toss, unfinished
 
 import flipout
-from flipout import files
 from flipout.errors import SaveError
+from flipout.storage import files
 from flipout_experiments.harness.lock import FolderLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and stops processes")

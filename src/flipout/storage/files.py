@@ -93,9 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArgumentError(
-            f"{path} cannot be read ({error}); it was damaged, or is something else: name another folder"
-        ) from error
+        raise ArgumentError(f"{path} cannot be read ({error}); it was damaged or is something else: name another") from error
     if not isinstance(found, dict):
         raise ArgumentError(f"{path} holds a {type(found).__name__}, not a JSON object: name another folder")
     return found

@@ -38,11 +38,15 @@ they are quick, and work where the module cannot be imported. The module has the
 
 and the line is::
 
-    Entry("coin", "heads are half", "Figure 0", "flipout_experiments.paper.coin", (Option("coin", ("fair", "bent"), "Which coin."),)),
+    Entry(
+        "coin", "heads are half", "Figure 0", "flipout_experiments.paper.coin",
+        (Option("coin", ("fair", "bent"), "Which coin."),),
+    ),
 
 which gives ``flipout reproduce coin --coin bent --preset laptop``, in the folder ``runs/coin-bent-laptop`` unless ``--out`` names
-another. What :class:`~flipout_experiments.harness.run.Run` asks of a ``run`` function, so that a killed run goes on to the same result, is
-told there. A result is what :func:`~flipout.storage.files.plain` can turn into JSON; ``show`` gets it as it is in the file.
+another. What :class:`~flipout_experiments.harness.run.Run` asks of a ``run`` function, so that a killed run goes on to the same
+result, is told there. A result is what :func:`~flipout.storage.files.plain` can turn into JSON; ``show`` gets it as it is in
+the file.
 """
 
 from __future__ import annotations
@@ -106,7 +110,8 @@ class Experiment:
     Attributes:
         settings: called with the name of a preset and, by keyword, ``seed``, ``device``, ``data_dir`` and the entry's own
             options; returns a frozen dataclass of every setting.
-        run: called with the settings, an open :class:`~flipout_experiments.harness.run.Run` and a progress display; returns the result.
+        run: called with the settings, an open :class:`~flipout_experiments.harness.run.Run` and a progress display;
+            returns the result.
         show: prints what ``result.json`` holds.
         claims: the paper's statements beside what ``result.json`` holds, for the report.
     """
@@ -179,7 +184,8 @@ ENTRIES = (
         "flipout_experiments.paper.variance.predicted_curves", (_NET,),
     ),
     Entry(
-        "regularization", "language models under masks and weight noise", "Tables 2 and 3", "flipout_experiments.paper.regularization",
+        "regularization", "language models under masks and weight noise", "Tables 2 and 3",
+        "flipout_experiments.paper.regularization",
         (
             Option("level", ("char", "word", "transformer"), "The paper's LSTMs of characters or words, or a GPT-2 of characters."),
             Option("method", ("all", *_METHODS), "One method of the level's table, or all of them."),
