@@ -192,7 +192,7 @@ def test_what_is_unknown_is_told_with_what_there_is(tmp_path, arguments, message
 def test_unknown_experiments_and_missing_modules(tmp_path):
     with pytest.raises(flipout.ArgumentError, match="experiment 'figure-9' is unknown: choose variance, components"):
         reproduce.find_entry("figure-9")
-    with pytest.raises(flipout.ArgumentError, match=r"has no module flipout\.experiments\.nothing"):
+    with pytest.raises(flipout.ArgumentError, match=r"has no module flipout_experiments\.paper\.nothing"):
         reproduce.Entry("nothing", "", "", "flipout_experiments.paper.nothing").load()
 
 
