@@ -27,7 +27,7 @@ from benchmarks.report import Row, Section, Target, environment, version_of
 from flipout.intervals import estimate_mean
 from flipout.storage.files import replace_file
 from flipout_experiments.harness.console import interval
-from flipout_experiments.paper.figures import RC
+from flipout_experiments.harness.plot_style import RC
 
 #: Judgements of the mean policy along a curve; episodes of the last one.
 MARKS, LAST = 12, 100

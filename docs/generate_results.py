@@ -16,11 +16,11 @@ from typing import Any
 from flipout.storage.files import read_json
 from flipout.variance import VarianceCurve
 from flipout.variance.named import label
+from flipout_experiments.harness.claims import from_json
 from flipout_experiments.harness.console import interval
 from flipout_experiments.language.history_plot import draw_histories
 from flipout_experiments.language.paper_tables import Pair, estimates, pairs, variance_sentence
 from flipout_experiments.language.settings import METHODS, PAPER
-from flipout_experiments.paper.variance.measured_curves import from_json
 from flipout_experiments.paper.variance.predicted_curves import limit
 
 ROOT = Path(__file__).resolve().parents[1]

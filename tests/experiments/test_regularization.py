@@ -13,10 +13,10 @@ from flipout.errors import ArgumentError
 from flipout.intervals import Estimate
 from flipout_experiments.commands.app import app
 from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.claims import from_json
 from flipout_experiments.language.lm import lm_settings
 from flipout_experiments.language.paper_tables import Pair, claims, estimates, gains, pairs, variance_sentence
 from flipout_experiments.language.settings import METHODS, PAPER, RegularizationSettings, unit
-from flipout_experiments.paper.variance.measured_curves import from_json
 
 ROOT = Path(__file__).parents[2]
 ENTRY = reproduce.find_entry("regularization")

@@ -20,10 +20,11 @@ from flipout.variance import VarianceComponents, VarianceCurve, variance_compone
 from flipout_experiments.commands import reproduce_command as reproduce_commands
 from flipout_experiments.commands.app import app
 from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.claims import from_json
 from flipout_experiments.harness.run import silent
 from flipout_experiments.nets.networks import FullyConnected
 from flipout_experiments.nets.pretrain import PretrainingSettings, mean_loss, pretrain_classifier
-from flipout_experiments.paper.variance.measured_curves import VarianceSettings, from_json
+from flipout_experiments.paper.variance.measured_curves import VarianceSettings
 from flipout_experiments.paper.variance.predicted_curves import ComponentsSettings
 
 HERE = Path(__file__).parents[1]  # where coin.py is

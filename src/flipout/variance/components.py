@@ -142,9 +142,12 @@ class VarianceComponents:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.curve_plot import draw_predictions
+        from flipout.variance.curve_plot import plot_predictions
 
-        return draw_predictions(self, batch_sizes, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        names = ("shared", "flipout", "independent")
+        predicted = {name: [self.predict(name, n, chosen) for n in batch_sizes] for name in names}
+        return plot_predictions(predicted, batch_sizes, axes)
 
     def _sums(self, names: Iterable[str] | None) -> list[tuple[float, ...]]:
         """(α, β, γ) of each block, summed over the names."""

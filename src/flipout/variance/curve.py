@@ -132,9 +132,10 @@ class VarianceCurve:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.curve_plot import draw_curve
+        from flipout.variance.curve_plot import plot_curves
 
-        return draw_curve(self, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        return plot_curves({name: (self.batch_sizes(name), self.values(name, chosen)) for name in self.points}, axes)
 
     def _curve(self, estimator: str) -> tuple[EstimatorVariance, ...]:
         if estimator not in self.points:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flipout.errors import ArgumentError
@@ -12,11 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from flipout.intervals import Estimate
-    from flipout.variance.components import VarianceComponents
-    from flipout.variance.curve import VarianceCurve
-    from flipout.variance.results import GradientVariance
 
-__all__ = ["STYLES", "draw_curve", "draw_groups", "draw_predictions", "errorbar"]
+__all__ = ["STYLES", "errorbar", "plot_curves", "plot_groups", "plot_predictions"]
 
 #: Okabe and Ito's palette, safe for colour-blind readers; markers and lines differ as well, for print.
 STYLES: dict[str, dict[str, Any]] = {
@@ -29,30 +26,36 @@ STYLES: dict[str, dict[str, Any]] = {
 _OTHER = {"color": "#555555", "marker": "x", "linestyle": "-"}
 
 
-def draw_curve(curve: VarianceCurve, names: Sequence[str] | None = None, axes: Axes | None = None) -> Axes:
+def plot_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[Estimate]]], axes: Axes | None = None) -> Axes:
     """The variance against N under each estimator, with intervals, on log-log axes.
+
+    Args:
+        curves: batch sizes and variances, by estimator.
+        axes: to draw on; None makes a figure.
 
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
     axes = _log_axes(axes)
-    for name in curve.points:
-        errorbar(axes, name, curve.batch_sizes(name), curve.values(name, names))
+    for name, (sizes, values) in curves.items():
+        errorbar(axes, name, sizes, values)
     axes.legend(frameon=False)
     return axes
 
 
-def draw_predictions(
-    components: VarianceComponents, batch_sizes: Sequence[int], names: Sequence[str] | None = None, axes: Axes | None = None
-) -> Axes:
-    """What Theorem 2 predicts from the components, a line with its band for each estimator.
+def plot_predictions(predicted: Mapping[str, Sequence[Estimate]], batch_sizes: Sequence[int], axes: Axes | None = None) -> Axes:
+    """What Theorem 2 predicts, a line with its band for each estimator.
+
+    Args:
+        predicted: a variance at each batch size, by estimator.
+        batch_sizes: N.
+        axes: to draw on; None makes a figure.
 
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
     axes = _log_axes(axes)
-    for estimator in ("shared", "flipout", "independent"):
-        found = [components.predict(estimator, n, names) for n in batch_sizes]
+    for estimator, found in predicted.items():
         shown = [(n, float(e), max(e.low, float(e) / 20), e.high) for n, e in zip(batch_sizes, found, strict=True) if e > 0]
         style = STYLES[estimator]
         if shown:
@@ -64,16 +67,20 @@ def draw_predictions(
     return axes
 
 
-def draw_groups(found: GradientVariance, axes: Axes | None = None) -> Axes:
+def plot_groups(variances: Mapping[str, Mapping[str, Estimate]], axes: Axes | None = None) -> Axes:
     """The variance of each group of weights under each estimator, with intervals, on a log scale.
+
+    Args:
+        variances: by estimator, then by group.
+        axes: to draw on; None makes a figure.
 
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
     axes = _log_axes(axes)
-    groups = list(next(iter(found.values())).groups)
-    for i, (name, each) in enumerate(found.items()):
-        errorbar(axes, name, [place + 0.08 * i for place in range(len(groups))], list(each.groups.values()))
+    groups = list(next(iter(variances.values())))
+    for i, (name, each) in enumerate(variances.items()):
+        errorbar(axes, name, [place + 0.08 * i for place in range(len(groups))], list(each.values()))
         axes.lines[-1].set_linestyle("none")
     axes.set_xscale("linear")
     axes.set_xlabel("")

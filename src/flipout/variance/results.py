@@ -178,9 +178,9 @@ class GradientVariance(Mapping[str, EstimatorVariance]):
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.curve_plot import draw_groups
+        from flipout.variance.curve_plot import plot_groups
 
-        return draw_groups(self, axes)
+        return plot_groups({name: each.groups for name, each in self.items()}, axes)
 
     def __repr__(self) -> str:
         return f"GradientVariance({', '.join(f'{name}={found.total}' for name, found in self.items())})"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flipout.intervals import Estimate
 
-__all__ = ["Claim"]
+__all__ = ["Claim", "from_json"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,9 @@ class Claim:
     def verdict(self) -> str:
         """In a word or two."""
         return {True: "reproduced", False: "not reproduced", None: "cannot tell"}[self.holds]
+
+
+def from_json(found: Mapping[str, Any]) -> Estimate:
+    """An estimate out of a result; an unknown bound is infinitely far."""
+    infinite = {"low": -float("inf"), "high": float("inf"), "standard_error": float("inf"), "value": float("nan"), "degrees": 0.0}
+    return Estimate(**{name: default if found[name] is None else found[name] for name, default in infinite.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +15,7 @@ from flipout.intervals import Estimate
 if TYPE_CHECKING:
     from flipout_experiments.harness.run import Progress
 
-__all__ = ["interval", "progress_bars", "spread"]
+__all__ = ["Count", "interval", "progress_bars", "spread"]
 
 
 @contextmanager
@@ -34,6 +34,17 @@ def progress_bars(console: Console) -> Iterator[Progress]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield report
+
+
+class Count:
+    """Tells a progress display how many of ``total`` steps are done, each time it is called."""
+
+    def __init__(self, report: Any, total: int) -> None:
+        self._report, self._total, self._done = report, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._report(self._done, self._total)
 
 
 def spread(estimate: Estimate) -> str:

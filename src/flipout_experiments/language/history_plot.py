@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flipout_experiments.paper.figures import RC
+from flipout_experiments.harness.plot_style import RC
 
 __all__ = ["draw_histories"]
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flipout.intervals import Estimate, combine, estimate_mean
-from flipout_experiments.harness.claims import Claim
+from flipout_experiments.harness.claims import Claim, from_json
 from flipout_experiments.harness.console import interval
 from flipout_experiments.language.settings import PAPER
-from flipout_experiments.paper.variance.measured_curves import from_json
 
 __all__ = ["Pair", "claims", "estimates", "gains", "pairs", "rounded", "show", "variance_sentence"]
 

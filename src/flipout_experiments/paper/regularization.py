@@ -16,6 +16,7 @@ from flipout.estimators import Flipout
 from flipout.perturb import Perturbed
 from flipout.regularize import Regularized
 from flipout.variance import gradient_variance
+from flipout_experiments.harness.console import Count
 from flipout_experiments.harness.environment import find_device
 from flipout_experiments.harness.reproduce import Experiment
 from flipout_experiments.harness.run import Progress, Run
@@ -27,7 +28,6 @@ from flipout_experiments.language.settings import METHODS, RegularizationSetting
 from flipout_experiments.language.tokens import cut, limit_vocabulary
 from flipout_experiments.language.training import train_language_model
 from flipout_experiments.nets.networks import count_parameters
-from flipout_experiments.paper.variance.measured_curves import Count
 
 __all__ = ["EXPERIMENT", "token_loss"]
 

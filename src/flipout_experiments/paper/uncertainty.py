@@ -39,6 +39,7 @@ from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
 from flipout.streams import stream
 from flipout.variance.named import ESTIMATORS
+from flipout_experiments.harness.claims import from_json
 from flipout_experiments.harness.console import interval
 from flipout_experiments.harness.environment import find_device
 from flipout_experiments.harness.reproduce import Experiment
@@ -46,7 +47,6 @@ from flipout_experiments.harness.run import Progress, Run
 from flipout_experiments.nets.networks import FullyConnected
 from flipout_experiments.nets.pretrain import mean_loss
 from flipout_experiments.paper.figures import draw_uncertainty
-from flipout_experiments.paper.variance.measured_curves import from_json
 
 __all__ = ["EXPERIMENT", "METHODS", "UncertaintySettings", "strange_inputs"]
 

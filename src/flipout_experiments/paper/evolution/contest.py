@@ -20,7 +20,7 @@ from rich.table import Table
 
 from flipout.data import mnist
 from flipout.intervals import Estimate, t_quantile
-from flipout_experiments.harness.claims import Claim
+from flipout_experiments.harness.claims import Claim, from_json
 from flipout_experiments.harness.console import interval
 from flipout_experiments.harness.environment import find_device
 from flipout_experiments.harness.reproduce import Experiment, choose
@@ -28,7 +28,6 @@ from flipout_experiments.harness.run import Progress, Run
 from flipout_experiments.paper.evolution.contestants import Contestant, Problem, train
 from flipout_experiments.paper.evolution.evolution_plots import draw_losses, draw_seconds
 from flipout_experiments.paper.evolution.timing import TimingSettings, cores_to_use, explicit_seconds, flipes_seconds
-from flipout_experiments.paper.variance.measured_curves import from_json
 
 __all__ = ["EXPERIMENT", "EvolutionSettings"]
 

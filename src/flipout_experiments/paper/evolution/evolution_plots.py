@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from flipout_experiments.paper.figures import RC
+from flipout_experiments.harness.plot_style import RC
 
 __all__ = ["draw_losses", "draw_returns", "draw_seconds"]
 

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flipout.intervals import Estimate, estimate_mean
-from flipout_experiments.harness.claims import Claim
+from flipout_experiments.harness.claims import Claim, from_json
 from flipout_experiments.harness.console import interval
 from flipout_experiments.paper.race.lanes import Lane, RaceSettings, paces
-from flipout_experiments.paper.variance.measured_curves import from_json
 
 __all__ = ["PAIRS", "claim_races", "ratio_over_seeds", "show_races", "summarize"]
 

@@ -14,18 +14,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flipout.intervals import Estimate
 from flipout.variance import EstimatorVariance, VarianceCurve, variance_curve
 from flipout.variance.named import label
-from flipout_experiments.harness.claims import Claim
-from flipout_experiments.harness.console import interval
+from flipout_experiments.harness.claims import Claim, from_json
+from flipout_experiments.harness.console import Count, interval
 from flipout_experiments.harness.reproduce import Experiment
 from flipout_experiments.harness.run import Progress, Run
 from flipout_experiments.paper.figures import draw_curves
 from flipout_experiments.paper.variance.independent_members import independent_curve
 from flipout_experiments.paper.variance.subjects import Subject, SubjectSettings, prepare, subject_settings
 
-__all__ = ["EXPERIMENT", "Count", "CurveSettings", "VarianceSettings", "from_json", "measure_curve", "show_pretraining", "summary"]
+__all__ = ["EXPERIMENT", "CurveSettings", "VarianceSettings", "measure_curve", "show_pretraining", "summary"]
 
 _POWERS = tuple(2**i for i in range(14))
 
@@ -130,17 +129,6 @@ def _independent(subject: Subject, settings: VarianceSettings, run: Run, progres
     return VarianceCurve({"independent": points}, spec.confidence)
 
 
-class Count:
-    """Tells a progress display how many of ``total`` steps are done, each time it is called."""
-
-    def __init__(self, report: Any, total: int) -> None:
-        self._report, self._total, self._done = report, total, 0
-
-    def __call__(self) -> None:
-        self._done += 1
-        self._report(self._done, self._total)
-
-
 def _run(settings: VarianceSettings, run: Run, progress: Progress) -> dict[str, Any]:
     subject = prepare(settings.subject, run, progress)
     curve = measure_curve(subject, settings, run, progress)
@@ -206,12 +194,6 @@ def _claims(result: dict[str, Any]) -> list[Claim]:
             local = curve.ratio("local_reparameterization", "flipout", last, names)
             found.append(Claim(f"{panel}: LRT / flipout at N = {last:,}", "below 1", local, local.high < 1))
     return found
-
-
-def from_json(found: Mapping[str, Any]) -> Estimate:
-    """An estimate out of a result; an unknown bound is infinitely far."""
-    infinite = {"low": -float("inf"), "high": float("inf"), "standard_error": float("inf"), "value": float("nan"), "degrees": 0.0}
-    return Estimate(**{name: default if found[name] is None else found[name] for name, default in infinite.items()})
 
 
 EXPERIMENT = Experiment(VarianceSettings.preset, _run, _show, _claims)

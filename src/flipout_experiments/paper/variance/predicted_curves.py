@@ -13,16 +13,14 @@ from rich.table import Table
 
 from flipout.intervals import t_quantile
 from flipout.variance import VarianceComponents, VarianceCurve, suggest_batch_size, variance_components
-from flipout_experiments.harness.claims import Claim
-from flipout_experiments.harness.console import interval
+from flipout_experiments.harness.claims import Claim, from_json
+from flipout_experiments.harness.console import Count, interval
 from flipout_experiments.harness.reproduce import Experiment
 from flipout_experiments.harness.run import Progress, Run
 from flipout_experiments.paper.figures import draw_curves
 from flipout_experiments.paper.variance.measured_curves import (
-    Count,
     CurveSettings,
     VarianceSettings,
-    from_json,
     measure_curve,
     show_pretraining,
 )
