@@ -40,6 +40,7 @@ class Estimate(float):
 
     @property
     def value(self) -> float:
+        """The estimate, as a plain float."""
         return float(self)
 
     def __str__(self) -> str:

@@ -74,6 +74,12 @@ def read_state(path: Path, mmap: bool = False, todo: str = "take another copy of
 
     Raises:
         ArgumentError: if the file is not there, is damaged, or holds something else.
+
+    Example:
+        >>> read_state(Path("nowhere.pt"))
+        Traceback (most recent call last):
+            ...
+        flipout.errors.ArgumentError: the checkpoint nowhere.pt cannot be read ...
     """
     try:
         _require_intact(path)

@@ -10,6 +10,7 @@ The gradient of one step is random twice over: in its batch and in its noise. Th
 
 from __future__ import annotations
 
+from flipout.intervals import Estimate
 from flipout.variance.components import VarianceComponents, variance_components
 from flipout.variance.curve import VarianceCurve, variance_curve
 from flipout.variance.measure import gradient_variance
@@ -21,6 +22,7 @@ from flipout.variance.suggest import BatchSuggestion, suggest_batch_size
 __all__ = [
     "ESTIMATORS",
     "BatchSuggestion",
+    "Estimate",
     "EstimatorVariance",
     "GradientVariance",
     "VarianceComponents",
