@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from flipout.buffers import batch_statistics, kept_buffers
 from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
+from flipout.streams import stream
 
-__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "rows_at_once", "stream"]
+__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "rows_at_once"]
 
 LossFunction = Callable[[Perturbed, Any], Tensor]
 SampleBatch = Callable[[int, torch.Generator], Any]
@@ -128,13 +128,6 @@ def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> in
     else:
         limit = batch_size
     return next(rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0)
-
-
-def stream(seed: int, *key: int, device: torch.device | None = None) -> torch.Generator:
-    """A generator of its own for every (seed, key), independent of all others and of their order."""
-    words = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(2, np.uint32)
-    generator = torch.Generator(device=device or torch.device("cpu"))
-    return generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:

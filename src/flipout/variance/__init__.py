@@ -10,10 +10,11 @@ The gradient of one step is random twice over: in its batch and in its noise. Th
 
 from __future__ import annotations
 
+from flipout.intervals import Estimate
 from flipout.variance.components import VarianceComponents, variance_components
 from flipout.variance.curve import VarianceCurve, variance_curve
-from flipout.variance.estimators import ESTIMATORS, named_estimators
 from flipout.variance.measure import gradient_variance
+from flipout.variance.named import ESTIMATORS, named_estimators
 from flipout.variance.results import EstimatorVariance, GradientVariance
 from flipout.variance.sampling import without_replacement
 from flipout.variance.suggest import BatchSuggestion, suggest_batch_size
@@ -21,6 +22,7 @@ from flipout.variance.suggest import BatchSuggestion, suggest_batch_size
 __all__ = [
     "ESTIMATORS",
     "BatchSuggestion",
+    "Estimate",
     "EstimatorVariance",
     "GradientVariance",
     "VarianceComponents",

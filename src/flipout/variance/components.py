@@ -25,12 +25,13 @@ from flipout.buffers import batch_statistics
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Shared
 from flipout.gradients import LossFunction, SampleBatch, gradient_pair, rows_at_once
-from flipout.moments import Estimate, estimate_mean
+from flipout.intervals import Estimate, estimate_mean
 from flipout.perturb import Perturbed
+from flipout.storage.blocks import BlockFile
+from flipout.variance.identity import describe_net
 from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, check_parts, require_finite
 from flipout.variance.sampling import check_loss
-from flipout.variance.saving import BlockFile, describe_net
-from flipout.variance.tables import table
+from flipout.variance.variance_table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,9 +142,12 @@ class VarianceComponents:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.plots import draw_predictions
+        from flipout.variance.curve_plot import plot_predictions
 
-        return draw_predictions(self, batch_sizes, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        names = ("shared", "flipout", "independent")
+        predicted = {name: [self.predict(name, n, chosen) for n in batch_sizes] for name in names}
+        return plot_predictions(predicted, batch_sizes, axes)
 
     def _sums(self, names: Iterable[str] | None) -> list[tuple[float, ...]]:
         """(α, β, γ) of each block, summed over the names."""

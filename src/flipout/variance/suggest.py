@@ -8,7 +8,7 @@ from typing import Any
 
 from flipout.errors import ArgumentError
 from flipout.gradients import LossFunction, SampleBatch
-from flipout.moments import Estimate
+from flipout.intervals import Estimate
 from flipout.perturb import Perturbed
 from flipout.variance.components import VarianceComponents, variance_components
 
