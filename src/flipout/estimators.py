@@ -75,13 +75,13 @@ class Flipout(Estimator):
 
         α/N + (1/K - 1/N) γ
 
-    in place of α/N + (1 - 1/N) γ; at K = N the members are independent. The products are as many and as large, in one batch; K times
-    as much noise is drawn and kept. :func:`flipout.variance.suggest_bases` says which K to take.
+    in place of α/N + (1 - 1/N) γ; at K = N the members are independent. The products are as many and as large, in one batch; K
+    times as much noise is drawn and kept. :func:`flipout.variance.suggest_bases` says which K to take.
 
     With ``noise_dtype`` the second product runs in another precision: ΔW and the operand that it meets are rounded to it, the signs
     are exact, and the sum with the mean's product is in the mean's precision. See the page on estimators for what that does to the
     law. Where a device multiplies no faster in it, which is measured once, the noise keeps the mean's precision, and a
-    :class:`flipout.errors.PrecisionWarning` says so.
+    :class:`flipout.PrecisionWarning` says so.
 
     Args:
         granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an

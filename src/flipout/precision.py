@@ -31,8 +31,8 @@ def multiplies_faster(kind: str, dtype: torch.dtype) -> bool:
     """Whether a kind of device multiplies matrices faster in ``dtype`` than in float32.
 
     Measured at the first question, in some milliseconds, and remembered while the process lives; an answer of no is told once, by
-    :class:`flipout.errors.PrecisionWarning`. Where it cannot be measured (no values, a CUDA graph that is being captured) the answer
-    is yes.
+    :class:`flipout.PrecisionWarning`. Where it cannot be measured (no values, a CUDA graph that is being captured) the answer is
+    yes.
     """
     if kind == "meta" or (kind == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return True

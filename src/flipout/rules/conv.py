@@ -157,7 +157,8 @@ def _on_bases(x: Tensor, base: Tensor, geometry: Geometry) -> Tensor:
 
 def _folded(x: Tensor, count: int) -> Tensor:
     """``[count * E, C, …]`` as ``[E, count * C, …]``."""
-    return x.unflatten(0, (count, len(x) // count)).transpose(0, 1).flatten(1, 2)
+    images: Tensor = x.unflatten(0, (count, len(x) // count))
+    return images.transpose(0, 1).flatten(1, 2)
 
 
 def _unfolded(y: Tensor, count: int) -> Tensor:

@@ -243,7 +243,9 @@ class _SignedLinear(torch.autograd.Function):
         if needs_bias:
             gb = g.sum(0)
         if needs_bias_base:
-            total = rg.flatten(0, -2).sum(0, dtype=grad.dtype) if base.dim() == 2 else _by_group(rg, len(base)).sum(1, dtype=grad.dtype)
+            total = (
+                rg.flatten(0, -2).sum(0, dtype=grad.dtype) if base.dim() == 2 else _by_group(rg, len(base)).sum(1, dtype=grad.dtype)
+            )
             gc = raised(total, grad.dtype, of_grad)
         return gx, gw, gd, None, None, gb, gc, None, None
 

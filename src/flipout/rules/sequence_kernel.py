@@ -215,12 +215,16 @@ class _SignedSequence(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _differentiable(cell: Cell, steps: Steps, dtype: torch.dtype | None, tensors: Any, needs: Any, grads: Any) -> list[Tensor | None]:
+def _differentiable(
+    cell: Cell, steps: Steps, dtype: torch.dtype | None, tensors: Any, needs: Any, grads: Any
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again: the sequence once more, in operations that torch differentiates twice."""
     # of aliases, so that a gradient does not also take the way through another operand that was computed from this one
     tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    outputs = [(y, g) for y, g in zip(_compose(cell, steps, dtype, *tensors), grads, strict=True) if y is not None and g is not None]
+    outputs = [
+        (y, g) for y, g in zip(_compose(cell, steps, dtype, *tensors), grads, strict=True) if y is not None and g is not None
+    ]
     if not outputs:
         return [None] * len(needs)
     ys, gs = zip(*outputs, strict=True)
