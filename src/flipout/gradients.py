@@ -119,7 +119,17 @@ def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Genera
 
 
 def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> int:
-    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows."""
+    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows.
+
+    Each micro-batch has members of every base.
+
+    Raises:
+        BatchError: if the bases of the net's estimator do not divide the batch size.
+        ArgumentError: if ``micro_batch`` is below their number.
+    """
+    bases = net.estimator.bases if isinstance(net.estimator, Flipout) else 1
+    if bases > 1:
+        net.estimator.groups(batch_size)  # type: ignore[attr-defined]
     if micro_batch is not None:
         limit = require_count("micro_batch", micro_batch, 1)
     elif isinstance(net.estimator, Independent):
@@ -127,7 +137,10 @@ def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> in
         limit = max(1, most // sum(parameter.numel() for parameter in net.module.parameters()))
     else:
         limit = batch_size
-    return next(rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0)
+    found = [rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0 and rows % bases == 0]
+    if not found:
+        raise ArgumentError(f"micro_batch={limit}: {net.estimator} needs at least {bases} rows at once, some of each base")
+    return found[0]
 
 
 def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:
