@@ -7,6 +7,7 @@ The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a
 """
 
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
+from flipout.bayes.ivon import IVON
 from flipout.bayes.kl import kl_by_parameter, kl_divergence
 from flipout.bayes.metrics import accuracy, brier_score, calibration_error, negative_log_likelihood, ood_auroc
 from flipout.bayes.plots import draw_band, draw_reliability
@@ -16,6 +17,7 @@ from flipout.bayes.priors import LogUniform, ScaleMixture, centred_prior
 from flipout.bayes.schedules import cyclical_annealing, linear_annealing, minibatch_weight
 
 __all__ = [
+    "IVON",
     "Classification",
     "Elbo",
     "LogUniform",
