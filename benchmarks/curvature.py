@@ -2,8 +2,9 @@
 
     python -m benchmarks.curvature --data-dir DIR [--draws 24] [--seeds 3]
 
-On MNIST and a fully connected net, early in training and late: the standard deviation of E_n[ΔW_n ∘ g_n] / σ² over fresh batches and
-fresh noise, root mean square over all weights, and its ratio to shared noise with 95 % intervals over draws; one line a net.
+On MNIST and a fully connected net, early in training and late: the standard deviation of E_n[ΔW_n ∘ g_n] / σ²
+over fresh batches and fresh noise, root mean square over all weights, and its ratio to shared noise with 95 %
+intervals over draws; one line a net.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def main() -> None:
                 for row in measure(train, steps, size, options.draws, seed):
                     rows.append(row)
                     print(
-                        f"{steps:5d} steps  N={size:5d}  seed {seed}  {row['base']:10s} {row['estimator']:24s} std {row['std']:.4g}  "
-                        f"over shared {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+                        f"{steps:5d} steps  N={size:5d}  seed {seed}  {row['base']:10s} {row['estimator']:24s} "
+                        f"std {row['std']:.4g}  over shared {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
                         flush=True,
                     )
     if options.json is not None:

@@ -6,6 +6,7 @@ The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a
     loss = nll + KL(q ‖ prior) / dataset size
 """
 
+from flipout.bayes.curvature import DiagonalHessian, diagonal_hessian
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
 from flipout.bayes.ivon import IVON
 from flipout.bayes.kl import kl_by_parameter, kl_divergence
@@ -19,6 +20,7 @@ from flipout.bayes.schedules import cyclical_annealing, linear_annealing, miniba
 __all__ = [
     "IVON",
     "Classification",
+    "DiagonalHessian",
     "Elbo",
     "LogUniform",
     "Regression",
@@ -28,6 +30,7 @@ __all__ = [
     "calibration_error",
     "centred_prior",
     "cyclical_annealing",
+    "diagonal_hessian",
     "draw_band",
     "draw_reliability",
     "elbo_loss",
