@@ -181,7 +181,7 @@ class Draw:
             if scale is not None:
                 scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
             base, source = site.noise.sourced(sample.unit, mean, scale, scaled=sample.scaled)
-            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling() and not functional():
+            if not site.noise.moves and not torch.compiler.is_compiling() and not functional():
                 self._fixed[i] = base  # depends on nothing that moves
         if torch.compiler.is_compiling():  # which differentiates what the rules compose
             source = None

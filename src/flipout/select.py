@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flipout.arguments import broadcasts
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
-from flipout.noise import Noise
-from flipout.sharded import in_flat_pieces
+from flipout.noise import Noise, scale_of_mean
+from flipout.sharded import in_flat_pieces, whole
 
 __all__ = ["SCALES", "Selection", "Site", "check_generator", "held", "hooks_on", "select"]
 
@@ -323,12 +323,22 @@ def _require_shape(name: str, noise: Noise, parameter: Tensor | None) -> None:
     assert parameter is not None
     shapes = [noise.std.shape] if isinstance(noise.std, Tensor) else []
     shapes += [noise.dist.batch_shape] if isinstance(noise, FromDistribution) else []
+    if callable(noise.std):
+        _require_scale(name, noise.std, parameter)
     for shape in shapes:
         if not broadcasts(shape, parameter.shape):
             raise ArgumentError(
                 f"the noise of {name!r} has numbers of shape {tuple(shape)}, which do not broadcast to the parameter's "
                 f"{tuple(parameter.shape)}; give one number, one for each entry, or another noise to each parameter by its name"
             )
+
+
+def _require_scale(name: str, function: Callable[[Tensor], Tensor], parameter: Tensor) -> None:
+    """Raises where the scale that a function gives a parameter is none."""
+    try:
+        scale_of_mean(function, whole(parameter))
+    except ArgumentError as error:
+        raise ArgumentError(f"the noise of {name!r}: {error}") from error
 
 
 def _require_python(name: str, slots: Iterable[tuple[nn.Module, str]]) -> None:
