@@ -7,16 +7,20 @@ follows it here serves reinforcement learning, exploration, saving, and machines
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flipout.evolution.characters import character_tokenizer
 from flipout.evolution.checkpoint import load_checkpoint, save_checkpoint
 from flipout.evolution.exploration import ParameterNoise, noisy
 from flipout.evolution.language import Generation
 from flipout.evolution.members import Members
 from flipout.evolution.normalization import ObservationNormalizer
 from flipout.evolution.strategy import EvolutionStrategy
+from flipout.evolution.text import TextRewards
+from flipout.evolution.zeroth_order import ZerothOrder
 
 if TYPE_CHECKING:
     from flipout.evolution.ray import RayWorkers
     from flipout.evolution.rollouts import Rollouts
+    from flipout.evolution.trainer import ZerothOrderTrainer
 
 __all__ = [
     "EvolutionStrategy",
@@ -26,6 +30,10 @@ __all__ = [
     "ParameterNoise",
     "RayWorkers",
     "Rollouts",
+    "TextRewards",
+    "ZerothOrder",
+    "ZerothOrderTrainer",
+    "character_tokenizer",
     "load_checkpoint",
     "noisy",
     "save_checkpoint",
@@ -35,6 +43,7 @@ __all__ = [
 _OPTIONAL = {
     "Rollouts": ("flipout.evolution.rollouts", "gymnasium", "rl"),
     "RayWorkers": ("flipout.evolution.ray", "ray", "ray"),
+    "ZerothOrderTrainer": ("flipout.evolution.trainer", "transformers", "loops"),
 }
 
 
