@@ -343,7 +343,7 @@ class Regions:
         self.logs: list[Notes] = []
         self._outside: list[weakref.ref[Any]] = []
         self._pack: Callable[[], Any] = _nothing
-        self._notes: weakref.WeakKeyDictionary[Region, Notes] = weakref.WeakKeyDictionary()
+        self._notes: weakref.WeakKeyDictionary[Region, Notes] | None = None
         if _top(True) is not None:
             self._outside = [weakref.ref(frame) for frame in _frames()]
 
@@ -378,6 +378,8 @@ class Regions:
             notes.steps[-1] = None
 
     def _of(self, region: Region, call: Running) -> Notes:
+        if self._notes is None:
+            self._notes = weakref.WeakKeyDictionary()
         notes = self._notes.get(region)
         if notes is None:
             notes = self._notes[region] = Notes(call, region)

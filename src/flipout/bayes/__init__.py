@@ -8,7 +8,9 @@ The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a
 
 from typing import Any
 
+from flipout.bayes.curvature import DiagonalHessian, diagonal_hessian
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
+from flipout.bayes.ivon import IVON
 from flipout.bayes.kl import kl_by_parameter, kl_divergence
 from flipout.bayes.metrics import accuracy, brier_score, calibration_error, negative_log_likelihood, ood_auroc
 from flipout.bayes.plots import plot_band, plot_reliability
@@ -19,7 +21,9 @@ from flipout.bayes.schedules import cyclical_annealing, linear_annealing, miniba
 from flipout.renamed import renamed
 
 __all__ = [
+    "IVON",
     "Classification",
+    "DiagonalHessian",
     "Elbo",
     "LogUniform",
     "Regression",
@@ -29,6 +33,7 @@ __all__ = [
     "calibration_error",
     "centred_prior",
     "cyclical_annealing",
+    "diagonal_hessian",
     "elbo_loss",
     "from_pretrained",
     "kl_by_parameter",

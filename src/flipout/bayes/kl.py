@@ -171,6 +171,13 @@ def _require_finite_kl(posterior: Posterior, prior: Distribution) -> None:
             f"{name!r} has weights of zero under relative noise, which have no spread: the KL is infinite; exclude it (biases "
             "often start at zero), or give it additive noise, which flipout.bayes.from_pretrained does with a floor"
         )
+    if (
+        callable(noise.std)
+        and posterior.log_std is None
+        and not torch.compiler.is_compiling()
+        and bool((posterior.scale == 0).any())
+    ):
+        raise ArgumentError(f"{name!r} has weights whose scale, a function of them, is zero: the KL is infinite; add a floor to it")
 
 
 def _over_all_reals(prior: Distribution, like: Tensor) -> bool:

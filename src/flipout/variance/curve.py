@@ -163,11 +163,12 @@ def variance_curve(
     seed: int = 0,
     checkpoint: Path | str | None = None,
     on_draw: Callable[[], None] | None = None,
+    of: str = "mean",
 ) -> VarianceCurve:
     """The variance of the gradient at several batch sizes: at each what :func:`flipout.variance.gradient_variance` gives.
 
     Args:
-        net, loss_fn, sample_batch, estimators, repeats, parts, confidence, micro_batch, seed: as there.
+        net, loss_fn, sample_batch, estimators, repeats, parts, confidence, micro_batch, seed, of: as there.
         batch_sizes: N, each once.
         draws: gradients at each point; or by the estimator's name, one number or one for each batch size.
         checkpoint: a file for the finished blocks of draws. If it is there the measurement goes on from it, with the same result
@@ -191,7 +192,7 @@ def variance_curve(
     """
     check_net(net, seed, confidence)
     sizes = _checked_sizes(batch_sizes)
-    parts = check_parts(net, parts)
+    parts = check_parts(net, parts, of)
     named = named_estimators(estimators)
     counts = {name: _counts(draws, name, len(sizes)) for name in named}
     if isinstance(draws, Mapping) and set(draws) - set(named):
@@ -209,6 +210,7 @@ def variance_curve(
         "parts": {name: [parameter, str(rows)] for name, (parameter, rows) in parts.items()},
         "micro_batch": micro_batch,
         "seed": seed,
+        **({} if of == "mean" else {"of": of}),
         **describe_net(net),
     }
     saved = BlockFile(None if checkpoint is None else Path(checkpoint), question)
@@ -222,7 +224,7 @@ def variance_curve(
                 for _ in range(sum(blocks_of[:done]) if on_draw is not None else 0):
                     on_draw()  # type: ignore[misc]
                 rows = rows_at_once(net, size, micro_batch)
-                for block in measured(net, loss_fn, sample_batch, size, rows, blocks_of, seed, parts, on_draw, done):
+                for block in measured(net, loss_fn, sample_batch, size, rows, blocks_of, seed, parts, on_draw, done, of):
                     saved.add(key, block)
                 found.append(point(net, name, size, count, saved.of(key), parts, confidence, "parameter"))
         points[name] = tuple(found)
