@@ -1,8 +1,8 @@
 """Train for an analog chip, test on many: ``python examples/noisy_chips.py``.
 
-Each chip programs the weights with errors of its own, N(0, (f · largest weight of the output)²). A net is trained without noise, with
-one noisy weight a batch (shared), and with one for each example (flipout), for equal steps and for equal processor time, and asked
-about test images on 64 chips.
+Each chip programs the weights with errors of its own, N(0, (f · largest weight of the output)²). A net is trained without noise,
+with one noisy weight a batch (shared), and with one for each example (flipout), for equal steps and for equal processor time,
+and asked about test images on 64 chips.
 """
 
 import argparse
