@@ -76,7 +76,8 @@ def main() -> None:
                     found = chips(net, test, options.chips, 1000 + seed)
                     print(
                         f"error {fraction:g} of the largest weight, seed {seed}, {budget:11s} {kind:8s} {steps:6d} steps "
-                        f"{used:5.1f} s: {options.chips} chips have accuracy {float(found.mean()):.4f}, the worst {float(found.min()):.4f}",
+                        f"{used:5.1f} s: {options.chips} chips have accuracy {float(found.mean()):.4f}, "
+                        f"the worst {float(found.min()):.4f}",
                         flush=True,
                     )
 
