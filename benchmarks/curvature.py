@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 import flipout
 from flipout import bayes
 from flipout.data import mnist
-from flipout.moments import ratio
+from flipout.intervals import ratio
 from flipout.variance import gradient_variance, without_replacement
 
 __all__ = ["bases", "main", "measure", "trained"]

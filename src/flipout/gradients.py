@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from flipout.buffers import batch_statistics, kept_buffers
 from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
+from flipout.streams import stream
 
 __all__ = [
     "GRADIENTS",
@@ -25,7 +25,6 @@ __all__ = [
     "gradient_pair",
     "micro_batches",
     "rows_at_once",
-    "stream",
 ]
 
 LossFunction = Callable[[Perturbed, Any], Tensor]
@@ -155,7 +154,17 @@ def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Genera
 
 
 def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> int:
-    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows."""
+    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows.
+
+    Each micro-batch has members of every base.
+
+    Raises:
+        BatchError: if the bases of the net's estimator do not divide the batch size.
+        ArgumentError: if ``micro_batch`` is below their number.
+    """
+    bases = net.estimator.bases if isinstance(net.estimator, Flipout) else 1
+    if bases > 1:
+        net.estimator.groups(batch_size)  # type: ignore[attr-defined]
     if micro_batch is not None:
         limit = require_count("micro_batch", micro_batch, 1)
     elif isinstance(net.estimator, Independent):
@@ -163,14 +172,10 @@ def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> in
         limit = max(1, most // sum(parameter.numel() for parameter in net.module.parameters()))
     else:
         limit = batch_size
-    return next(rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0)
-
-
-def stream(seed: int, *key: int, device: torch.device | None = None) -> torch.Generator:
-    """A generator of its own for every (seed, key), independent of all others and of their order."""
-    words = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(2, np.uint32)
-    generator = torch.Generator(device=device or torch.device("cpu"))
-    return generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    found = [rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0 and rows % bases == 0]
+    if not found:
+        raise ArgumentError(f"micro_batch={limit}: {net.estimator} needs at least {bases} rows at once, some of each base")
+    return found[0]
 
 
 def _differentiate(parameters: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:

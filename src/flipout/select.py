@@ -103,12 +103,25 @@ class Selection:
         self._names = [(part._parameters, frozenset(part._parameters)) for part in modules if part._parameters]
         self._slots = [(part, name) for part in modules for name, value in part._parameters.items() if value is not None]
         self._seen: list[Any] = []
+        self._index = {slot: i for i, site in enumerate(self._sites) for slot in site.slots}
         self._shape = self._ties()
+
+    def known(self, sites: tuple[Site, ...]) -> dict[int, tuple[Any, int]] | None:
+        """What stood in the slots when they were last looked at: by id, a reference to each tensor and the number of its site.
+
+        None where ``sites`` are not those of :meth:`sites`.
+        """
+        return self._known if sites is self._sites else None
 
     def _ties(self) -> list[Any]:
         """The shape of each parameter, and the first slot that holds the same one."""
         held_now = [held(*slot) for slot in self._slots]
         self._seen = [None if tensor is None else weakref.ref(tensor) for tensor in held_now]
+        self._known = {
+            id(tensor): (seen, self._index[slot])
+            for slot, tensor, seen in zip(self._slots, held_now, self._seen, strict=True)
+            if tensor is not None and slot in self._index
+        }
         first: dict[int, int] = {}
         keys = [_identity(*slot, tensor, self._tied) for slot, tensor in zip(self._slots, held_now, strict=True)]
         groups: dict[Any, list[tuple[nn.Module, str]]] = {}
@@ -142,6 +155,7 @@ class Selection:
             self._look()
         except AttributeError:  # the module is being rebuilt, and is looked at when it stands
             self.names, self._slots, self._parts, self._names = (), [], [({}, (("", None),))], []
+            self._sites = ()
 
 
 def select(

@@ -17,7 +17,7 @@ from flipout.buffers import kept_buffers
 from flipout.draw import Draw
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, LocalReparameterization
-from flipout.moments import t_quantile
+from flipout.intervals import t_quantile
 from flipout.noise import Rademacher
 from flipout.perturb import Perturbed
 

@@ -18,9 +18,9 @@ from torch.distributions import Distribution, Normal, constraints, register_kl
 from torch.distributions import kl_divergence as closed_form
 
 from flipout.arguments import broadcasts, require_count
+from flipout.bayes.dawson import dawson_integral
 from flipout.bayes.posterior import Posterior, posteriors, require_net
 from flipout.bayes.priors import LogUniform
-from flipout.bayes.special import dawson_integral
 from flipout.errors import ArgumentError
 from flipout.noise import Gaussian
 from flipout.perturb import Perturbed

@@ -111,6 +111,8 @@ class EvolutionStrategy:
                 f"estimator={estimator!r}: members of a population need weights of their own; choose Flipout(), LowRank(rank) or "
                 "Independent()"
             )
+        if isinstance(estimator, Flipout) and estimator.bases > 1:
+            raise ArgumentError(f"{estimator}: the bases of a population are counted by its members; pass members_per_base=N/K")
         if on_nan not in ("error", "worst"):
             raise ArgumentError(f'on_nan={on_nan!r}: choose "error" or "worst"')
         each = 2 if antithetic else 1

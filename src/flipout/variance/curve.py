@@ -13,14 +13,15 @@ from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator
 from flipout.gradients import LossFunction, SampleBatch, rows_at_once
-from flipout.moments import Estimate, combine, log_log_slope, ratio
+from flipout.intervals import Estimate, combine, log_log_slope, ratio
 from flipout.perturb import Perturbed
-from flipout.variance.estimators import named_estimators
+from flipout.storage.blocks import BlockFile
+from flipout.variance.identity import describe_net
 from flipout.variance.measure import Parts, block_sizes, check_net, check_parts, measured, point
+from flipout.variance.named import named_estimators
 from flipout.variance.results import EstimatorVariance
 from flipout.variance.sampling import check_loss
-from flipout.variance.saving import BlockFile, describe_net
-from flipout.variance.tables import table
+from flipout.variance.variance_table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,9 +132,10 @@ class VarianceCurve:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.plots import draw_curve
+        from flipout.variance.curve_plot import plot_curves
 
-        return draw_curve(self, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        return plot_curves({name: (self.batch_sizes(name), self.values(name, chosen)) for name in self.points}, axes)
 
     def _curve(self, estimator: str) -> tuple[EstimatorVariance, ...]:
         if estimator not in self.points:

@@ -13,7 +13,7 @@ from flipout.estimators import Estimator
 from flipout.gradients import LossFunction, SampleBatch, differentiated, gradient, rows_at_once
 from flipout.moments import Moments
 from flipout.perturb import Perturbed
-from flipout.variance.estimators import named_estimators
+from flipout.variance.named import named_estimators
 from flipout.variance.results import EstimatorVariance, GradientVariance, require_grouping
 from flipout.variance.sampling import check_loss
 
