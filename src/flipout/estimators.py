@@ -14,7 +14,7 @@ from dataclasses import InitVar, dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from flipout.arguments import require_count
+from flipout.arguments import is_count, require_count
 from flipout.errors import ArgumentError, BatchError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
 from flipout.samples import Sample, Target
@@ -322,7 +322,7 @@ class LowRank(Estimator):
     rank: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not is_count(self.rank):
             raise ArgumentError(f"LowRank(rank={self.rank!r}): rank is a positive integer")
 
     def check(self, noise: Noise, name: str) -> None:

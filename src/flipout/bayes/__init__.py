@@ -12,6 +12,7 @@ from flipout.bayes.curvature import DiagonalHessian, diagonal_hessian
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
 from flipout.bayes.ivon import IVON
 from flipout.bayes.kl import kl_by_parameter, kl_divergence
+from flipout.bayes.likelihood import gaussian_nll, joint_log_likelihood
 from flipout.bayes.metrics import accuracy, brier_score, calibration_error, negative_log_likelihood, ood_auroc
 from flipout.bayes.plots import plot_band, plot_reliability
 from flipout.bayes.posterior import from_pretrained
@@ -36,6 +37,8 @@ __all__ = [
     "diagonal_hessian",
     "elbo_loss",
     "from_pretrained",
+    "gaussian_nll",
+    "joint_log_likelihood",
     "kl_by_parameter",
     "kl_divergence",
     "linear_annealing",
