@@ -25,8 +25,8 @@ SETTINGS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], flipout.Nois
     ("LSTM 256 → 256, T = 35, batch 32", lambda: nn.LSTM(256, 256), (35, 32, 256), flipout.Gaussian(STD), 2.4, 2.1),
 ]
 
-TEXT = f"""Forward and backward, as in the sections of the layers. *bfloat16*: the products of the noise run in it, those of the mean
-in float32. *{BASES} bases*: the batch in {BASES} groups, each with a ΔW of its own, drawn anew in each step. Where the processor
+TEXT = f"""Forward and backward, as in the sections of the layers. *bfloat16*: the products of the noise run in it, those of the
+mean in float32. *{BASES} bases*: the batch in {BASES} groups, each with a ΔW of its own, drawn anew in each step. Where the processor
 multiplies no faster in bfloat16, the noise keeps float32 and these rows are left out."""
 
 
@@ -42,9 +42,9 @@ def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:
         learnable = flipout.Gaussian(STD, learnable=True)
         layers: dict[str, nn.Module] = {
             "plain": build(),
-            "learnable": flipout.Perturbed(build(), learnable, **options),  # type: ignore[arg-type]
-            "fixed": flipout.Perturbed(build(), fixed, **options),  # type: ignore[arg-type]
-            f"fixed, {BASES} bases": flipout.Perturbed(build(), fixed, flipout.Flipout(bases=BASES), **options),  # type: ignore[arg-type]
+            "learnable": flipout.Perturbed(build(), learnable),  # type: ignore[arg-type]
+            "fixed": flipout.Perturbed(build(), fixed),  # type: ignore[arg-type]
+            f"fixed, {BASES} bases": flipout.Perturbed(build(), fixed, flipout.Flipout(bases=BASES)),  # type: ignore[arg-type]
         }
         if gains:
             layers["learnable, bfloat16"] = flipout.Perturbed(build(), learnable, LOW)
