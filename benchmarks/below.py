@@ -26,8 +26,8 @@ SETTINGS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], flipout.Nois
 ]
 
 TEXT = f"""Forward and backward, as in the sections of the layers. *bfloat16*: the products of the noise run in it, those of the
-mean in float32. *{BASES} bases*: the batch in {BASES} groups, each with a ΔW of its own, drawn anew in each step. Where the processor
-multiplies no faster in bfloat16, the noise keeps float32 and these rows are left out."""
+mean in float32. *{BASES} bases*: the batch in {BASES} groups, each with a ΔW of its own, drawn anew in each step. Where the
+processor multiplies no faster in bfloat16, the noise keeps float32 and these rows are left out."""
 
 
 def run(rounds: int = MIN_ROUNDS, patience: float = PATIENCE) -> Section:

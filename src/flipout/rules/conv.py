@@ -176,16 +176,9 @@ def _unfolded(y: Tensor, count: int) -> Tensor:
     return rows
 
 
-def _channels(term: Term) -> tuple[Factor | None, Factor | None] | None:
+def _channels(term: Term) -> list[Factor | None] | None:
     """The factors along kernel axes 0 and 1; None where the term has any other."""
-    sides: list[Factor | None] = [None, None]
-    if not term.blocks:
-        return None
-    for factor in term.factors:
-        if factor.axes not in ((0,), (1,)) or sides[factor.axes[0]] is not None:
-            return None
-        sides[factor.axes[0]] = factor
-    return sides[0], sides[1]
+    return term.by_axis(2) if term.blocks else None
 
 
 def _per_channel(factor: Factor | None, x: Tensor, geometry: Geometry) -> Tensor | None:
