@@ -192,7 +192,7 @@ class Flipout(Estimator):
         own = [target.signs() if target.matrix is None else [] for target in targets]
         counts = [math.prod(sizes) for places in own for _, sizes in places]
         if members is None:
-            return [tuple([Factor(None, axes, sizes) for axes, sizes in target.signs()]) for target in targets]
+            return [tuple([Factor.per_token(axes, sizes) for axes, sizes in target.signs()]) for target in targets]
         mean, packed = targets[0].mean, members * sum(counts) > _FEW_SIGNS
         if packed:
             values = iter(draw_bits(members, counts, generator=generator, device=mean.device))
@@ -285,13 +285,9 @@ class LocalReparameterization(Estimator):
         return [
             _independent(target, members or 0, generator)
             if target.mean.dim() < 2 or (target.mean.dim() > 2 and target.mean.shape[0] == 1)  # vectors, positions [1, L, d]
-            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device), ((_UNDRAWN,),))
+            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device), ((Factor.of_result(),),))
             for target in targets
         ]
-
-
-#: Marks a term whose base is the scale of a noise that the operation draws on its result; it has no weights to list.
-_UNDRAWN = Factor(None, (), ())
 
 
 @dataclass(frozen=True)
