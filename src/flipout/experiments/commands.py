@@ -13,6 +13,7 @@ import flipout
 from flipout.experiments.console import interval, progress_bars, spread
 from flipout.experiments.lm_commands import lm
 from flipout.experiments.reproduce_commands import reproduce
+from flipout.experiments.tune_commands import tune
 from flipout.experiments.usage import epilog
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ app = typer.Typer(
 
 app.add_typer(reproduce, name="reproduce")
 app.command(epilog=epilog("flipout lm --text book.txt --epochs 5", "flipout lm --text book.txt --resume --prompt Once"))(lm)
+app.command(
+    epilog=epilog(
+        "flipout tune --model gpt2 --prompts prompts.txt --reward rewards.py:score",
+        "flipout tune --model gpt2 --prompts prompts.jsonl --reward tasks:score --lora 4 --workers 8 --resume",
+    )
+)(tune)
 
 
 def _print_version(wanted: bool) -> None:
