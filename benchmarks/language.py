@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import MIN_ROUNDS, PATIENCE, race
 from benchmarks.report import Section
-from flipout.experiments.language.models import ModelSettings, build_model
 from flipout.regularize import CHAR, Regularized
+from flipout_experiments.language.models import ModelSettings, build_model
 
 VOCABULARY = 50
 #: (units, steps, batch): the presets laptop and paper.

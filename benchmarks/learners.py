@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flipout.evolution import EvolutionStrategy, Rollouts
-from flipout.experiments.train_es import make_policy
+from flipout_experiments.paper.evolution.train_es import make_policy
 
 __all__ = ["GAMES", "SYSTEMS", "Game", "settings_of"]
 

@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from benchmarks.__main__ import PAGE, RESULTS, ROOT, insert
 from benchmarks.learners import GAMES, SYSTEMS, Game, settings_of
 from benchmarks.report import Row, Section, Target, environment, version_of
-from flipout.experiments.console import interval
-from flipout.experiments.figures import RC
-from flipout.files import replace_file
-from flipout.moments import estimate_mean
+from flipout.intervals import estimate_mean
+from flipout.storage.files import replace_file
+from flipout_experiments.harness.console import interval
+from flipout_experiments.harness.plot_style import RC
 
 #: Judgements of the mean policy along a curve; episodes of the last one.
 MARKS, LAST = 12, 100

@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:class",
-        r"flipout\.(data\.sources\.Remote|evolution\.(noise\.Directions|checkpoint\.Stateful|statistics\.BatchGuard)|sklearn\._BayesianNet)",
+        r"flipout\.(storage\.parts\.Stateful|evolution\.(noise\.Directions|statistics\.BatchGuard)|sklearn\._BayesianNet)",
     ),
 ]
 
@@ -57,7 +57,8 @@ html_static_path: list[str] = []
 
 #: Where users import from; a name that is in two of them is documented in the later one.
 PUBLIC = (
-    "flipout", "flipout.bayes", "flipout.data", "flipout.errors", "flipout.evolution", "flipout.regularize", "flipout.variance",
+    "flipout", "flipout.bayes", "flipout.data", "flipout.errors", "flipout.evolution", "flipout.reference", "flipout.regularize",
+    "flipout.storage", "flipout.variance",
 )  # fmt: skip
 
 

@@ -88,10 +88,10 @@ Operations by family, and the estimators that serve them. `Shared` needs no rule
 MODELS = """
 ## Models
 
-Built from their configurations with random weights and checked in `tests/test_models.py`: wrapped in one line, equal to the loop
-over members in float64 to 1e-10, trained, equal to the untouched model bit for bit in evaluation mode, saved by `net.module` and
-loaded by plain `transformers`. Inside `flipout.perturbed(model, noise, members=N)` every row of `generate()` is one model for the
-whole generation, key/value cache and beams included.
+Built from their configurations with random weights and checked in `tests/core/test_models.py`: wrapped in one line, equal to the
+loop over members in float64 to 1e-10, trained, equal to the untouched model bit for bit in evaluation mode, saved by `net.module`
+and loaded by plain `transformers`. Inside `flipout.perturbed(model, noise, members=N)` every row of `generate()` is one model for
+the whole generation, key/value cache and beams included.
 """
 
 TAIL = """

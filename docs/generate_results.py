@@ -13,15 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flipout.experiments.components import limit
-from flipout.experiments.console import interval
-from flipout.experiments.language.figures import draw_histories
-from flipout.experiments.language.settings import METHODS, PAPER
-from flipout.experiments.language.tables import Pair, estimates, pairs, variance_sentence
-from flipout.experiments.variance import from_json
-from flipout.files import read_json
+from flipout.storage.files import read_json
 from flipout.variance import VarianceCurve
-from flipout.variance.estimators import label
+from flipout.variance.named import label
+from flipout_experiments.harness.claims import from_json
+from flipout_experiments.harness.console import interval
+from flipout_experiments.language.history_plot import draw_histories
+from flipout_experiments.language.paper_tables import Pair, estimates, pairs, variance_sentence
+from flipout_experiments.language.settings import METHODS, PAPER
+from flipout_experiments.paper.variance.predicted_curves import limit
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

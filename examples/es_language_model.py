@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import flipout
-from flipout.evolution import Generation
+from flipout.evolution import TokenReward
 
 DIGITS, LENGTH = 6, 3
 MARK, PAD = DIGITS, DIGITS + 1
@@ -37,7 +37,7 @@ def train(generations: int = 300, population: int = 256, batch: int = 24, seed: 
     model = GPT2LMHeadModel(config).eval()
     es = flipout.evolution.EvolutionStrategy(model, std=0.03, population=population, seed=seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-    evaluate = Generation(
+    evaluate = TokenReward(
         reward, lambda generation: prompts(batch, torch.Generator().manual_seed(generation)), LENGTH, pad_token_id=PAD
     )  # fmt: skip
     held_out = prompts(500, torch.Generator().manual_seed(10**6))

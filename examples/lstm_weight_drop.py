@@ -12,7 +12,19 @@ from torch import nn
 
 import flipout
 from flipout.data import penn_treebank, text_batches
-from flipout.experiments.networks import CharLSTM
+
+
+class CharLSTM(nn.Module):
+    """One-hot characters, an LSTM layer, and the logits of the next character."""
+
+    def __init__(self, vocabulary: int, units: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(vocabulary, units, batch_first=True)
+        self.decoder = nn.Linear(units, vocabulary)
+
+    def forward(self, tokens, state=None):  # [N, T] to [N, T, vocabulary]
+        hidden, state = self.lstm(nn.functional.one_hot(tokens, self.decoder.out_features).float(), state)
+        return self.decoder(hidden), state
 
 
 def main() -> None:
@@ -26,12 +38,13 @@ def main() -> None:
     batches = text_batches(text.train, batch=32, steps=50)
     valid_inputs, valid_targets = text_batches(text.valid, batch=8, steps=100)[0]
     for name, estimator in (("shared mask", flipout.Shared()), ("a mask a sequence", flipout.Flipout())):
-        model = CharLSTM(torch.Generator().manual_seed(0), len(text.vocabulary), options.units)
+        torch.manual_seed(0)
+        model = CharLSTM(len(text.vocabulary), options.units)
         net = flipout.Perturbed(
             model, flipout.DropConnect(0.5), estimator, include="lstm.weight_hh*", generator=torch.Generator().manual_seed(1)
         )
         optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
-        began, state = time.perf_counter(), model.initial_state(32)
+        began, state = time.perf_counter(), None
         for step in range(options.steps):
             inputs, targets = batches[step % len(batches)]
             logits, state = net(inputs, state)
@@ -43,7 +56,8 @@ def main() -> None:
             optimiser.step()
         net.eval()  # the mean weights
         with torch.no_grad():
-            nats = nn.functional.cross_entropy(net(valid_inputs).flatten(0, 1), valid_targets.flatten())
+            logits, _ = net(valid_inputs)
+            nats = nn.functional.cross_entropy(logits.flatten(0, 1), valid_targets.flatten())
         bits, seconds = float(nats) / 0.6931471805599453, time.perf_counter() - began
         print(f"{name:18} training {float(loss.detach()):.3f} nats, validation {bits:.3f} bits per character, {seconds:.1f} s")
 

@@ -68,8 +68,8 @@ def main() -> None:
         return
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    bayes.draw_reliability(point, labels, axes=left, label="mean weights")
-    bayes.draw_reliability(upright, labels, axes=left, label="members")
+    bayes.plot_reliability(point, labels, axes=left, label="mean weights")
+    bayes.plot_reliability(upright, labels, axes=left, label="members")
     bins = [i / 10 for i in range(25)]
     right.hist(upright.entropy.tolist(), bins, density=True, alpha=0.6, label="upright")
     right.hist(turned.entropy.tolist(), bins, density=True, alpha=0.6, label="on their side")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from flipout.experiments.reproduce import Entry, Experiment, Option, choose
+from flipout_experiments.harness.reproduce import Entry, Experiment, Option, choose
 
 ENTRY = Entry("coin", "heads are half", "Figure 0", "coin", (Option("coin", ("fair", "bent"), "Which coin."),))
 

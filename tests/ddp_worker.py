@@ -63,7 +63,16 @@ def main() -> None:
     plain.zero_grad()
     loss_of(plain(x), target).backward()
 
+    bayesian = flipout.Perturbed(copy.deepcopy(plain), flipout.Gaussian(0.5, learnable=True), generator=generator_of(rank))
+    with_scales = DistributedDataParallel(bayesian)
+    optimiser = flipout.bayes.IVON(with_scales, lr=0.1, effective_sample_size=8)
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss_of(with_scales(x), target).backward()
+        optimiser.step()
+
     seen = {
+        "ivon": [p.detach() for p in bayesian.parameters()] + list(optimiser.curvature().values()),
         "outputs": torch.stack(outputs),
         "gradients": torch.stack(gradients),
         "wrapped": torch.stack(wrapped_gradients),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_api import MODULES
 
 from flipout import registry
 
@@ -42,6 +43,18 @@ def test_links_lead_somewhere(page):
     targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
+
+
+def imported(code: str) -> set[str]:
+    """The modules of the library that a piece of code imports from, or whose parts it imports."""
+    return set(re.findall(r"^\s*(?:from|import) (flipout[\w.]*)", code, re.MULTILINE))
+
+
+def test_pages_and_examples_teach_what_is_public():
+    sources = {page: "\n".join(code for _, code in blocks(page)) for page in PAGES}
+    sources |= {path: path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")}
+    private = {str(path.relative_to(ROOT)): found for path, code in sources.items() if (found := imported(code) - set(MODULES))}
+    assert not private
 
 
 def test_the_pages_have_examples():

@@ -27,9 +27,11 @@ TOOLS = ("hypothesis", "pandas", "pytest", "scipy")
 #: Tests of the library itself, in the order of its rooms.
 CORE = (
     "noise", "estimators", "signs", "weight", "draw", "select", "perturb", "registry", "shapes", "statistics", "transforms",
-    "missing_rules", "products", "attention", "recurrent", "routed", "laws", "variance", "variance_curve", "bayes_kl", "bayes_elbo",
-    "regularize", "evolution",
+    "missing_rules", "products", "attention", "recurrent", "routed", "laws",
 )  # fmt: skip
+
+#: And of the uses that need no more than the core.
+USES = ("variance", "variance_curve", "bayes_kl", "bayes_elbo", "regularize", "evolution")
 
 
 def python_of(release: str) -> Path:
@@ -46,7 +48,7 @@ def python_of(release: str) -> Path:
 
 def core_tests(python: Path, chosen: list[str]) -> tuple[int, str]:
     """Exit code and last line of pytest on the core, or on the chosen part of it."""
-    files = [f"tests/test_{name}.py" for name in chosen]
+    files = [f"tests/{'core' if name in CORE else 'uses'}/test_{name}.py" for name in chosen]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *files]
     found = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -60,7 +62,9 @@ def main() -> int:
     """Runs them, prints a line for each release, and exits with 1 if any test failed under any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("releases", nargs="*", default=RELEASES, help=f"of torch (default: {' '.join(RELEASES)})")
-    parser.add_argument("--tests", nargs="*", default=list(CORE), choices=CORE, metavar="NAME", help="a part of the core")
+    parser.add_argument(
+        "--tests", nargs="*", default=[*CORE, *USES], choices=[*CORE, *USES], metavar="NAME", help="a part of the core"
+    )
     given = parser.parse_args()
     bad = 0
     for release in given.releases:

@@ -66,8 +66,8 @@ def in_sdist(sdist: Path) -> set[str]:
 def problems(wheel: Path, sdist: Path) -> list[str]:
     """What is wrong with the contents; nothing, if all is well."""
     inside, source = in_wheel(wheel), in_sdist(sdist)
-    code = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/flipout").rglob("*") if path.is_file()}
-    code = {name for name in code if "__pycache__" not in name}
+    code = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*") if path.is_file()}
+    code = {name for name in code if "__pycache__" not in name and ".egg-info/" not in name}
     info = {name for name in inside if ".dist-info/" in name}
     found = [f"not in the wheel: {name}" for name in sorted(code - inside)]
     found += [f"has no business in the wheel: {name}" for name in sorted(inside - code - info)]

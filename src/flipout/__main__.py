@@ -1,6 +1,6 @@
 """``python -m flipout``."""
 
-from flipout.cli import main
+from flipout_experiments.cli import main
 
 if __name__ == "__main__":
     main()

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from flipout import recompute
 from flipout.draw import Draw
 from flipout.errors import BatchError, DrawError, UnmetWarning
-from flipout.following import follow
+from flipout.following import follow, followed_alone
 from flipout.rows import AT_HAND, NONE, UNKNOWN, UNSEEN, Layout, Rows, Tracker
 from flipout.select import held
 from flipout.sharded import is_sharded
@@ -107,9 +107,9 @@ class Call(TorchFunctionMode):
         self._tracing = torch.compiler.is_compiling()
         self._plain = draw.is_one_weight or draw.members is None
         self._graded = torch.is_grad_enabled()
-        self._slots = [(owner, name, i) for i, site in enumerate(self.sites) for owner, name in site.slots]
         self._weights: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         self._derived: list[Any] = []
+        self._listed: list[tuple[nn.Module, str, int]] | None = None
         self._buffers: set[int] | None = None
         self._unselected: set[int] | None = None
         self._memory: dict[int, list[tuple[int, int, int]]] | None = None
@@ -124,8 +124,19 @@ class Call(TorchFunctionMode):
     def _new_tracker(self) -> Tracker:
         return Tracker(self.draw.members, self.draw.owner, self.regions.logs)
 
+    @property
+    def _slots(self) -> list[tuple[nn.Module, str, int]]:
+        if self._listed is None:
+            self._listed = [(owner, name, i) for i, site in enumerate(self.sites) for owner, name in site.slots]
+        return self._listed
+
     def learn(self) -> None:
         """Notes what stands in the slots now."""
+        selection = self.draw.selection
+        known = None if selection is None or self._tracing else selection.known(self.sites)
+        if known is not None:
+            self.tracker.learn(known)
+            return
         for owner, name, i in self._slots:
             tensor = held(owner, name)
             if tensor is not None:
@@ -150,8 +161,12 @@ class Call(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RAW or (func is torch.Tensor.to and _to_meta(args, kwargs)) or (func is _DATA and _flattens()):
+        if func in _RAW or (func in _SOMETIMES_RAW and _is_raw(func, args, kwargs)):
             return func(*args, **kwargs)
+        if not (self._plain or self._tracing) and (fact := followed_alone(self.tracker, func, args, kwargs)) is not None:
+            result = func(*args, **kwargs)
+            self.tracker.note(result, fact)
+            return result
         self._carried = self._entered = False
         given = tuple([self._swap(arg, func) for arg in args])
         named = {key: self._swap(value, func) for key, value in kwargs.items()} if kwargs else kwargs
@@ -169,6 +184,7 @@ class Call(TorchFunctionMode):
             finally:
                 AT_HAND.tracker = before
         if type(result) is PerturbedWeight:
+            self.tracker.landed = None
             if not self._tracing:
                 self._derived.append(weakref.ref(result))
         elif not self._plain:
@@ -198,14 +214,15 @@ class Call(TorchFunctionMode):
 
     def _meet(self, i: int, mean: Tensor, func: Any) -> Tensor:
         """The carrier of a parameter that an operation meets."""
-        if mean.device.type == "meta" and self.draw._has_values:
+        if mean.is_meta and self.draw._has_values:
             return mean  # a placeholder of what is offloaded, of which no numbers can come
         if self._tracing:
             self.met.add(i)
             return self._weight(i, mean)
         if torch._C._current_graph_task_id() != self._task:
             return mean  # the backward of an operation, whose own operands these are
-        self._require_visible(self.sites[i].name, func)
+        if self._graded and not torch.is_grad_enabled():
+            self._require_visible(self.sites[i].name, func)
         self.met.add(i)
         return self._weight(i, mean) if self._enter() else mean
 
@@ -230,7 +247,7 @@ class Call(TorchFunctionMode):
     def _weight(self, i: int, mean: Tensor) -> Tensor:
         key = (i, torch.is_grad_enabled())
         made = self._weights.get(key)
-        if is_sharded(mean):
+        if type(mean) is not nn.Parameter and is_sharded(mean):
             raise DrawError(
                 f"an operation met the perturbed parameter {self.sites[i].name!r} in pieces (a DTensor of {tuple(mean.shape)}): "
                 "tensor parallelism, or an operation on FSDP2's parameters outside the call of the part that gathers them. "
@@ -425,6 +442,11 @@ def _clear(values: Any) -> Any:
 _HOLDERS = (PerturbedWeight, dict, OrderedDict, list, tuple)
 
 
+def _is_raw(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function of :data:`_SOMETIMES_RAW` is to have the parameters themselves."""
+    return _to_meta(args, kwargs) if func is torch.Tensor.to else _flattens()
+
+
 def _to_meta(args: Any, kwargs: Any) -> bool:
     """Whether a cast gives a placeholder without values, as offloading leaves it in the place of a parameter."""
     target = args[1] if len(args) > 1 else kwargs.get("device")
@@ -526,6 +548,7 @@ _WRITTEN = (
     "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
 )
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SOMETIMES_RAW = frozenset({torch.Tensor.to, _DATA})
 _IN_PLACE: dict[Any, bool] = {torch.Tensor.__setitem__: True, torch.Tensor.data.__set__: True}  # type: ignore[attr-defined]
 
 
@@ -545,7 +568,7 @@ _IN_PLACE_OPERATORS = frozenset(
 
 def _flattens() -> bool:
     """Whether ``flatten_parameters`` of a recurrent layer looks at where its parameters lie."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     return not torch.compiler.is_compiling() and frame.f_code is nn.RNNBase.flatten_parameters.__code__
 
 

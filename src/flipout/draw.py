@@ -154,7 +154,7 @@ class Draw:
         too.
         """
         site, sample = self._sites[i], self._samples[i]
-        if mean.device.type == "meta" and sample.unit.device.type != "meta":
+        if mean.is_meta and not sample.unit.is_meta:
             raise DrawError(
                 f"the parameter {site.name!r} has no values now: it is offloaded (on the device meta) between the calls of its "
                 "part; ask a net that is not offloaded, whose draw under the same generator is the same"
@@ -168,7 +168,7 @@ class Draw:
             )
         base, source = self._fixed.get(i), None
         if base is None or base.dtype != mean.dtype or base.device != mean.device:
-            scale = self._log_std.get(site.name)
+            scale = self._log_std.get(site.name) if site.noise.learnable else None
             if scale is None and site.noise.learnable:
                 raise DrawError(
                     f"the learnable scale of {site.name!r} is not where the wrapper keeps it (its log_std); leave it there"
@@ -181,11 +181,11 @@ class Draw:
             if scale is not None:
                 scale = whole(scale).to(dtype=mean.dtype, device=mean.device)  # the mean may be cast, or elsewhere, for a call
             base, source = site.noise.sourced(sample.unit, mean, scale, scaled=sample.scaled)
-            if not site.noise.relative and not site.noise.learnable and not torch.compiler.is_compiling() and not functional():
+            if not site.noise.moves and not torch.compiler.is_compiling() and not functional():
                 self._fixed[i] = base  # depends on nothing that moves
         if torch.compiler.is_compiling():  # which differentiates what the rules compose
             source = None
-        return tuple([Term(base, factors, sample.per_member, source) for factors in sample.factors])
+        return tuple([Term(base, factors, sample.per_member, source, sample.groups) for factors in sample.factors])
 
     @property
     def _has_values(self) -> bool:
@@ -411,15 +411,19 @@ def _only(mean: Tensor, terms: Sequence[Term]) -> Tensor:
 
 def _weighted(term: Term, f: Tensor, mean: Tensor) -> Tensor:
     """Σ_n f[n] (B ∘ Π factors[n])."""
-    if term.per_member:
-        return torch.einsum("n,n...->...", f, term.base.expand(f.shape[0], *mean.shape))
-    operands: list[Any] = [f, [0]]
+    if term.per_member and (term.groups is None or not term.blocks):
+        return torch.einsum("n,n...->...", f, term.listed().expand(f.shape[0], *mean.shape))
+    bases = term.base.shape[0] if term.per_member else 1
+    runs = (bases, f.shape[0] // bases)  # members of a base stand in one run
+    operands: list[Any] = [f.unflatten(0, runs), [0, 1]]
     axes = sorted(axis for factor in term.factors for axis in factor.axes)
     for factor in term.factors:
-        operands += [factor.shaped(mean.dtype), [0, *(1 + axis for axis in factor.axes)]]
-    total = torch.einsum(*operands, [1 + axis for axis in axes])
+        operands += [factor.shaped(mean.dtype).unflatten(0, runs), [0, 1, *(2 + axis for axis in factor.axes)]]
+    total = torch.einsum(*operands, [0, *(2 + axis for axis in axes)])
     shape = [mean.shape[axis] if axis in axes else 1 for axis in range(mean.dim())]
-    return (term.base * total.reshape(shape)).expand(mean.shape)
+    if not term.per_member:
+        return (term.base * total.reshape(shape)).expand(mean.shape)
+    return (term.base * total.reshape(bases, *shape)).sum(0).expand(mean.shape)
 
 
 def _drawing_device(target: Target, site: Site, device: torch.device | None, generator: torch.Generator | None) -> torch.device:

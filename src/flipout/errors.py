@@ -170,6 +170,15 @@ class OutOfMemoryError(FlipoutError, MemoryError):
     """
 
 
+class PrecisionWarning(UserWarning):
+    """Noise was asked for in a precision in which this device multiplies no faster, so it keeps the precision of the mean.
+
+    Example:
+        >>> issubclass(PrecisionWarning, UserWarning)
+        True
+    """
+
+
 class SaveError(FlipoutError, OSError):
     """A file cannot be written, on a full disk for one. The version saved before it is kept.
 

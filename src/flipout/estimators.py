@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from flipout.errors import ArgumentError, UnsupportedNoiseError
+from flipout.arguments import require_count
+from flipout.errors import ArgumentError, BatchError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
 from flipout.samples import Sample, Target
 from flipout.signs import draw_bits, draw_signs
-from flipout.weight import Factor
+from flipout.terms import Factor, Groups
 
 __all__ = ["Estimator", "Flipout", "Independent", "LocalReparameterization", "LowRank", "Shared"]
 
@@ -60,7 +61,7 @@ class Estimator(ABC):
         return [old.with_members(members, new) for old, new in zip(samples, fresh, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flipout(Estimator):
     """One base perturbation for all members, times a random rank-one sign matrix each.
 
@@ -69,15 +70,31 @@ class Flipout(Estimator):
     Wen et al. 2018, Eq. 4. Unbiased for noise that is symmetric about zero and independent across weights; each member's
     weights have exactly the noise's law, and members are uncorrelated given nothing. Costs two matrix products in place of one.
 
+    With ``bases=K`` the N members stand in K groups of N/K, one after the other, each group with a ΔW of its own. In the terms of
+    Theorem 2 the variance of the gradient becomes
+
+        α/N + (1/K - 1/N) γ
+
+    in place of α/N + (1 - 1/N) γ; at K = N the members are independent. The products are as many and as large, in one batch; K
+    times as much noise is drawn and kept. :func:`flipout.variance.suggest_bases` says which K to take.
+
+    With ``noise_dtype`` the second product runs in another precision: ΔW and the operand that it meets are rounded to it, the signs
+    are exact, and the sum with the mean's product is in the mean's precision. See the page on estimators for what that does to the
+    law. Where a device multiplies no faster in it, which is measured once, the noise keeps the mean's precision, and a
+    :class:`flipout.PrecisionWarning` says so.
+
     Args:
         granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an
             operation's input. ``"token"`` draws new signs for every row of every operation: what mixtures of experts need, and no
             longer one function per example.
         per_step: whether recurrent layers and cells draw new signs at every time step, in place of one set a sequence. ΔW stays
             one draw. Members then have no weights to list, and other layers are as before.
+        bases: K, a positive integer that divides the number of members.
+        noise_dtype: ``torch.bfloat16``, ``torch.float16``, or None for the precision of the mean.
 
     Raises:
-        ArgumentError: if ``granularity`` is neither.
+        ArgumentError: if ``granularity`` is neither, ``bases`` is no positive integer, ``noise_dtype`` is not one of these, or
+            several bases are asked for where there are no members to group (``"token"``, ``per_step``).
 
     Example:
         >>> import flipout
@@ -90,10 +107,27 @@ class Flipout(Estimator):
 
     granularity: str = "example"
     per_step: bool = False
+    bases: int = 1
+    noise_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.granularity not in ("example", "token"):
             raise ArgumentError(f'Flipout(granularity={self.granularity!r}): choose "example" or "token"')
+        require_count("bases", self.bases, 1)
+        if self.bases > 1 and (self.granularity == "token" or self.per_step):
+            raise ArgumentError(
+                f"{self!r}: bases are for groups of members, and signs that are drawn per token or per step belong to no member; "
+                "take bases=1"
+            )
+        if self.noise_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ArgumentError(
+                f"Flipout(noise_dtype={self.noise_dtype!r}): choose torch.bfloat16, torch.float16, or None for the mean's own"
+            )
+
+    def __repr__(self) -> str:
+        always = ("granularity", "per_step")
+        said = [f for f in fields(self) if f.name in always or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in said)})"
 
     @property
     def per_token(self) -> bool:  # type: ignore[override]
@@ -111,12 +145,28 @@ class Flipout(Estimator):
             )
 
     def sample(self, targets: Sequence[Target], members: int | None, generator: torch.Generator | None) -> list[Sample]:
-        units = _units(targets, generator)
+        groups = self.groups(members)
+        units = _units(targets, generator, 1 if groups is None else self.bases)
         factors = self._factors(targets, members, generator)
         return [
-            Sample(unit, (signs,), scaled=target.noise.fixed_scale is not None)
+            Sample(unit, (signs,), groups is not None, target.noise.fixed_scale is not None, groups)
             for unit, signs, target in zip(units, factors, targets, strict=True)
         ]
+
+    def groups(self, members: int | None) -> Groups | None:
+        """How ``members`` members share the bases; None where there is one.
+
+        Raises:
+            BatchError: if the bases do not divide the members.
+        """
+        if self.bases == 1 or members is None:
+            return None
+        if members % self.bases:
+            raise BatchError(
+                f"{self} divides the members of a draw into {self.bases} groups of one size, and the draw has {members} members: "
+                f"take a batch of a multiple of {self.bases} rows, or fewer bases"
+            )
+        return Groups(members // self.bases)
 
     def resample(
         self, targets: Sequence[Target], samples: Sequence[Sample], members: Sequence[int], generator: torch.Generator | None
@@ -213,7 +263,16 @@ class LocalReparameterization(Estimator):
         torch.Size([4, 2])
     """
 
+    bases: InitVar[int] = 1
+
     has_members = False
+
+    def __post_init__(self, bases: int) -> None:
+        if bases != 1:
+            raise UnsupportedNoiseError(
+                f"LocalReparameterization(bases={bases!r}): it draws the noise of each result by itself, so there is no base "
+                "perturbation to have several of; use Flipout(bases=…)"
+            )
 
     def check(self, noise: Noise, name: str) -> None:
         if not isinstance(noise, Gaussian):
@@ -296,8 +355,8 @@ class LowRank(Estimator):
         return Sample(torch.full((), 1 / math.sqrt(self.rank), dtype=mean.dtype, device=mean.device), factors)
 
 
-def _units(targets: Sequence[Target], generator: torch.Generator | None) -> list[Tensor]:
-    """One unit draw a target, times the fixed scale if its noise has one.
+def _units(targets: Sequence[Target], generator: torch.Generator | None, bases: int = 1) -> list[Tensor]:
+    """One unit draw a target (``bases`` of them on a new first axis, if several), times the fixed scale if its noise has one.
 
     Targets with one law, dtype and device are drawn and scaled as one stream.
     """
@@ -308,14 +367,15 @@ def _units(targets: Sequence[Target], generator: torch.Generator | None) -> list
     for (_, dtype, device), group in groups.items():
         means = [targets[i].mean for i in group]
         noise = targets[group[0]].noise
+        shapes = [mean.shape if bases == 1 else torch.Size([bases, *mean.shape]) for mean in means]
         if noise.standardized:
-            counts = [mean.numel() for mean in means]
+            counts = [bases * mean.numel() for mean in means]
             stream = noise.unit(torch.Size([sum(counts)]), generator=generator, dtype=dtype, device=device)
             if noise.fixed_scale is not None:
                 stream.mul_(noise.fixed_scale)
-            drawn = [u.view(mean.shape) for u, mean in zip(torch.split_with_sizes(stream, counts), means, strict=True)]
+            drawn = [u.view(shape) for u, shape in zip(torch.split_with_sizes(stream, counts), shapes, strict=True)]
         else:
-            drawn = [noise.unit(mean.shape, generator=generator, dtype=dtype, device=device) for mean in means]
+            drawn = [noise.unit(shape, generator=generator, dtype=dtype, device=device) for shape in shapes]
         units.update(zip(group, drawn, strict=True))
     return [units[i] for i in range(len(targets))]
 

@@ -17,12 +17,26 @@ from flipout.errors import BatchError, FlipoutError
 from flipout.rows import BATCH, FRESH, NONE, UNKNOWN, UNSEEN, Mixed, Part, Rows, Tracker, entries, ordered
 from flipout.weight import PerturbedWeight
 
-__all__ = ["follow"]
+__all__ = ["follow", "followed_alone"]
 
 _C: Any = torch._C  # whose parts are not annotated
 
 Handler = Callable[[Tracker, tuple[Any, ...], dict[str, Any], Any], Any]
 _HANDLERS: dict[Any, Any] = {}
+
+
+def followed_alone(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """The fact of the result of an elementwise function of one tensor of data, before it runs; None for any other operation."""
+    if len(args) != 1 or _HANDLERS.get(func) is not _elementwise or type(args[0]) is not Tensor or tracker.replay is not None:
+        return None
+    for value in kwargs.values():
+        if type(value) not in _NUMBERS:
+            return None
+    fact = tracker.find(args[0])
+    return None if fact is UNSEEN or type(fact) is int else fact
+
+
+_NUMBERS = frozenset({bool, int, float, str, type(None)})
 
 
 def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -31,9 +45,8 @@ def follow(tracker: Tracker, func: Any, args: Any, kwargs: Any, result: Any) -> 
     if tracker.replay is not None:
         return
     handler: Handler = _HANDLERS.get(func, _unknown)
-    if handler is _elementwise and len(args) == 1 and not kwargs and isinstance(result, Tensor):
-        fact = tracker.find(args[0])
-        tracker.note(result, UNKNOWN if fact is UNSEEN else fact)
+    if handler is _linear and landed is not None and args and tracker.find(args[0]) is landed and _fits(landed, result):
+        tracker.note(result, landed)
         return
     if not isinstance(result, (Tensor, tuple, list)) and handler is not _set_item:
         return

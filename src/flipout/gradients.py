@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +14,24 @@ from flipout.buffers import batch_statistics, kept_buffers
 from flipout.errors import ArgumentError
 from flipout.estimators import Flipout, Independent, Shared
 from flipout.perturb import Perturbed
+from flipout.streams import stream
 
-__all__ = ["LossFunction", "SampleBatch", "gradient", "gradient_pair", "micro_batches", "rows_at_once", "stream"]
+__all__ = [
+    "GRADIENTS",
+    "LossFunction",
+    "SampleBatch",
+    "differentiated",
+    "gradient",
+    "gradient_pair",
+    "micro_batches",
+    "rows_at_once",
+]
 
 LossFunction = Callable[[Perturbed, Any], Tensor]
 SampleBatch = Callable[[int, torch.Generator], Any]
+
+#: What a gradient may be of: the mean weights, the logarithms of learnable scales, or these over σ², which estimate the curvature.
+GRADIENTS = ("mean", "log_std", "curvature")
 
 #: Entries of dense per-member weights that Independent holds at once where no micro_batch is given. A CPU is fastest with what
 #: its cache takes; an accelerator is kept busy with 128 MiB in float32.
@@ -34,15 +46,17 @@ def gradient(
     rows: int,
     seed: int,
     key: tuple[int, ...],
+    of: str = "mean",
 ) -> dict[str, Tensor]:
-    """One draw of the gradient of the mean weights, by parameter name, under the estimator that ``net`` has.
+    """One draw of the gradient, by parameter name, under the estimator that ``net`` has.
 
     Args:
         net, loss_fn, sample_batch, batch_size: as in :func:`flipout.variance.gradient_variance`.
         rows: a divisor of ``batch_size``: how many examples run at once.
         seed, key: name the draw; the same names give the same batch, and the same noise under the same estimator.
+        of: one of :data:`GRADIENTS`.
     """
-    return _gradients(net, loss_fn, sample_batch, batch_size, rows, seed, key, 1)[0]
+    return _gradients(net, loss_fn, sample_batch, batch_size, rows, seed, key, 1, of)[0]
 
 
 def gradient_pair(
@@ -71,6 +85,7 @@ def _gradients(
     seed: int,
     key: tuple[int, ...],
     batches: int,
+    of: str = "mean",
 ) -> list[dict[str, Tensor]]:
     data = stream(seed, *key)
     noise = stream(seed, *key, zlib.crc32(repr(net.estimator).encode()), device=_device(net))
@@ -86,9 +101,29 @@ def _gradients(
         for i, _ in enumerate(micro_batches(net, each * batches, rows, noise)):
             total = found[i // each]
             loss = _require_scalar(loss_fn(net, sample_batch(rows, data)))
-            for name, part in _differentiate(net, loss * (rows / batch_size)).items():
+            for name, part in _differentiate(differentiated(net, of), loss * (rows / batch_size)).items():
                 total[name] = total[name] + part if name in total else part
+    if of == "curvature":
+        widths = differentiated(net, of)
+        found = [{name: part * widths[name].detach().mul(-2).exp() for name, part in total.items()} for total in found]
     return found
+
+
+def differentiated(net: Perturbed, of: str) -> dict[str, Tensor]:
+    """What the gradient is of, by parameter name: means, or learnable scales; frozen ones left out.
+
+    Raises:
+        ArgumentError: for another word than those of :data:`GRADIENTS`, or a net without any.
+    """
+    if of not in GRADIENTS:
+        raise ArgumentError(f"of={of!r}: choose {', '.join(map(repr, GRADIENTS))}")
+    named = net.module.named_parameters() if of == "mean" else net.scales.items()
+    parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+    if not parameters and of == "mean":
+        raise ArgumentError("no parameter of the module requires a gradient, so there is no gradient to vary")
+    if not parameters:
+        raise ArgumentError(f"of={of!r}: the net has no scales to learn; give it noise such as Gaussian(0.1, learnable=True)")
+    return parameters
 
 
 def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Generator) -> Iterator[None]:
@@ -119,7 +154,17 @@ def micro_batches(net: Perturbed, count: int, rows: int, generator: torch.Genera
 
 
 def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> int:
-    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows."""
+    """The largest divisor of the batch size that ``micro_batch``, or the memory of dense members, allows.
+
+    Each micro-batch has members of every base.
+
+    Raises:
+        BatchError: if the bases of the net's estimator do not divide the batch size.
+        ArgumentError: if ``micro_batch`` is below their number.
+    """
+    bases = net.estimator.bases if isinstance(net.estimator, Flipout) else 1
+    if bases > 1:
+        net.estimator.groups(batch_size)  # type: ignore[attr-defined]
     if micro_batch is not None:
         limit = require_count("micro_batch", micro_batch, 1)
     elif isinstance(net.estimator, Independent):
@@ -127,20 +172,13 @@ def rows_at_once(net: Perturbed, batch_size: int, micro_batch: int | None) -> in
         limit = max(1, most // sum(parameter.numel() for parameter in net.module.parameters()))
     else:
         limit = batch_size
-    return next(rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0)
+    found = [rows for rows in range(min(limit, batch_size), 0, -1) if batch_size % rows == 0 and rows % bases == 0]
+    if not found:
+        raise ArgumentError(f"micro_batch={limit}: {net.estimator} needs at least {bases} rows at once, some of each base")
+    return found[0]
 
 
-def stream(seed: int, *key: int, device: torch.device | None = None) -> torch.Generator:
-    """A generator of its own for every (seed, key), independent of all others and of their order."""
-    words = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(2, np.uint32)
-    generator = torch.Generator(device=device or torch.device("cpu"))
-    return generator.manual_seed(int(words[0]) << 31 ^ int(words[1]))
-
-
-def _differentiate(net: Perturbed, loss: Tensor) -> dict[str, Tensor]:
-    parameters = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ArgumentError("no parameter of the module requires a gradient, so there is no gradient to vary")
+def _differentiate(parameters: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if part is None else part

@@ -50,12 +50,14 @@ def transformed() -> bool:
 
     Selective checkpointing counts as one: it keeps the results of operations, and refuses those that were written into.
     """
-    return torch.compiler.is_compiling() or functional() or selective()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and selective()
 
 
 def selective() -> bool:
     """Whether selective checkpointing counts the operations of this thread, in a region's first run or the second."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     modes = [torch._C._get_dispatch_stack_at(at) for at in range(torch._C._len_torch_dispatch_stack())]
     return any(type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for mode in modes)
@@ -108,7 +110,12 @@ def autocasts(kind: str) -> bool:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on, as the matrix products of torch would take them."""
-    kind = next(t.device.type for t in tensors if t is not None)
+    for first in tensors:
+        if first is not None:
+            break
+    else:
+        return tensors
+    kind = first.device.type
     if not autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flipout.arguments import broadcasts
 from flipout.errors import ArgumentError
-from flipout.modes import composed, functional
+from flipout.modes import composed, functional, transformed
 from flipout.signs import draw_bits, unpack
 
 __all__ = ["DropConnect", "Gaussian", "MultiplicativeGaussian", "Noise", "Rademacher", "Source"]
@@ -56,7 +58,7 @@ class Noise(ABC):
         tensor([5., 0.])
     """
 
-    std: float | Tensor = 1.0
+    std: float | Tensor | Callable[[Tensor], Tensor] = 1.0
     relative: bool = False
     learnable: bool = False
 
@@ -93,8 +95,15 @@ class Noise(ABC):
 
     @property
     def fixed_scale(self) -> float | None:
-        """The one number that scales ε, where it is neither learnable nor a tensor: draws may carry it from the start."""
-        return float(self.std) if self.standardized and not self.learnable and not isinstance(self.std, Tensor) else None
+        """The one number that scales ε, where it is not learnable, a tensor or a function: draws may carry it."""
+        if not self.standardized or self.learnable or isinstance(self.std, Tensor) or callable(self.std):
+            return None
+        return float(self.std)
+
+    @property
+    def moves(self) -> bool:
+        """Whether ΔW changes with the mean or a learnable scale, under one and the same ε."""
+        return self.relative or self.learnable or callable(self.std)
 
     def perturbation(self, unit: Tensor, mean: Tensor, log_std: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """ΔW from a unit draw, differentiable in ``mean`` (relative noise) and ``log_std`` (learnable noise).
@@ -123,8 +132,9 @@ class Noise(ABC):
     def _scaled(self, unit: Tensor, mean: Tensor, log_std: Tensor | None) -> Tensor:
         if log_std is not None:
             return _scale_by_exp(unit, log_std)
-        if isinstance(self.std, Tensor):
-            return unit * self.std.to(dtype=mean.dtype, device=mean.device)
+        if isinstance(self.std, Tensor) or callable(self.std):
+            scale = scale_of_mean(self.std, mean) if callable(self.std) else self.std.to(dtype=mean.dtype, device=mean.device)
+            return unit * (scale.expand(mean.shape) if scale.numel() > 1 else scale)  # a unit may be one number (LowRank)
         return unit if self.std == 1.0 else unit * self.std
 
     def scale(self, mean: Tensor, log_std: Tensor | None = None) -> Tensor:
@@ -152,7 +162,15 @@ class Noise(ABC):
 
     def initial_log_std(self, mean: Tensor) -> Tensor:
         """The starting value of a learnable scale: log std at every entry of ``mean``."""
-        std = self.std if isinstance(self.std, Tensor) else torch.tensor(self.std, dtype=torch.float64)
+        if callable(self.std):
+            std = scale_of_mean(self.std, mean)
+            if mean.device.type != "meta" and not bool((std > 0).all()):
+                raise ArgumentError(
+                    f"{type(self).__name__}(std=function, learnable=True): the function gives zero for some weights, and a scale "
+                    "that is learnt is kept as its logarithm; add a floor"
+                )
+        else:
+            std = self.std if isinstance(self.std, Tensor) else torch.tensor(self.std, dtype=torch.float64)
         return std.log().to(dtype=mean.dtype, device=mean.device).expand(mean.shape).clone()
 
 
@@ -162,16 +180,23 @@ class Gaussian(Noise):
 
     Args:
         std: standard deviation, in the units of the weight (additive) or as a fraction of it (relative); a positive
-            float, or a tensor that broadcasts to the weight.
+            float, a tensor that broadcasts to the weight, or a function of the mean weight W̄ that gives such a tensor, zero
+            or more: noise that depends on the weight, as that of analog hardware does. The function is given W̄ without its
+            graph, at each draw, so no gradient goes through the scale.
         relative: scale ΔW by the mean weight.
         learnable: make the standard deviation of each entry a parameter that starts at ``std``.
 
     Raises:
-        ArgumentError: if ``std`` is not positive and finite.
+        ArgumentError: if ``std`` is not positive and finite; when a net is wrapped or called, if a function gives another shape, a
+            negative number or a graph.
 
     Example:
         >>> Gaussian(0.1).symmetric
         True
+        >>> largest = Gaussian(lambda W: 0.05 * W.abs().amax(1, keepdim=True))  # of each output's weights
+        >>> largest.scale(torch.tensor([[1.0, -4.0], [2.0, 0.0]]))
+        tensor([[0.2000, 0.2000],
+                [0.1000, 0.1000]])
     """
 
     def unit(self, shape: torch.Size, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -275,7 +300,36 @@ class DropConnect(Noise):
         return torch.where(kept, unit.new_full((), math.log1p(-self.p)), log_dropped)
 
 
-def _check_scale(kind: str, std: float | Tensor) -> None:
+def scale_of_mean(function: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
+    """What a function of the mean weight gives for its scale, checked.
+
+    Raises:
+        ArgumentError: if it is no tensor that broadcasts to the mean, is negative or not finite, or requires a gradient.
+    """
+    scale: Any = function(mean.detach())
+    if not isinstance(scale, Tensor) or not broadcasts(scale.shape, mean.shape):
+        found = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+        raise ArgumentError(
+            f"std=function gave {found} for a weight of shape {tuple(mean.shape)}; expected a tensor that broadcasts to it"
+        )
+    if scale.requires_grad:
+        raise ArgumentError(
+            "std=function gave a tensor with a graph, and the scale takes no gradient: detach the tensors that the function uses, "
+            "or make the scale learnable"
+        )
+    if not transformed() and scale.device.type != "meta" and scale.numel():
+        low, high = (float(each) for each in torch.aminmax(scale))
+        if not (low >= 0 and math.isfinite(high)):
+            raise ArgumentError(
+                f"std=function gave numbers from {low:g} to {high:g} for a weight of shape {tuple(mean.shape)}; a standard "
+                "deviation is finite and not negative"
+            )
+    return scale.to(dtype=mean.dtype, device=mean.device)
+
+
+def _check_scale(kind: str, std: Any) -> None:
+    if callable(std) and not isinstance(std, Tensor):
+        return
     if isinstance(std, Tensor):
         good = bool(((std > 0) & std.isfinite()).all()) and std.is_floating_point()
     else:

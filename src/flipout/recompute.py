@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +27,6 @@ from flipout.modes import uncounted
 from flipout.rows import AT_HAND
 
 if TYPE_CHECKING:
-    from flipout.calls import Call
     from flipout.draw import Draw
     from flipout.samples import Sample
 
@@ -131,6 +130,19 @@ class Step(NamedTuple):
     states: tuple[torch.Tensor, ...] = ()
 
 
+class Running(Protocol):
+    """What a region asks of the call that runs in it (:class:`flipout.calls.Call`)."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def draw(self) -> Draw: ...
+    @property
+    def layout(self) -> Any: ...
+    @property
+    def regions(self) -> Regions: ...
+
+
 class Notes:
     """What a region found of a call that it is part of.
 
@@ -139,7 +151,7 @@ class Notes:
         steps: the operations that met a weight; None for one that was to have the means.
     """
 
-    def __init__(self, call: Call, region: Region) -> None:
+    def __init__(self, call: Running, region: Region) -> None:
         self.module, self.make, self.began = call.module, call.regions.make, call.regions.began
         self.draw, self.samples = call.draw, call.draw.samples
         self._region = weakref.ref(region)
@@ -331,11 +343,11 @@ class Regions:
         self.logs: list[Notes] = []
         self._outside: list[weakref.ref[Any]] = []
         self._pack: Callable[[], Any] = _nothing
-        self._notes: weakref.WeakKeyDictionary[Region, Notes] = weakref.WeakKeyDictionary()
+        self._notes: weakref.WeakKeyDictionary[Region, Notes] | None = None
         if _top(True) is not None:
             self._outside = [weakref.ref(frame) for frame in _frames()]
 
-    def enter(self, call: Call) -> None:
+    def enter(self, call: Running) -> None:
         """Called where an operation meets a weight: sees to it that the regions around it run again under the call."""
         top = _top(True)
         if top is None:
@@ -357,7 +369,7 @@ class Regions:
         """Whether the operation at hand may be in a region."""
         return _top(True) is not None
 
-    def pass_by(self, call: Call) -> None:
+    def pass_by(self, call: Running) -> None:
         """Called where an operation meets a weight and is to have its mean."""
         if not self.inside():
             return
@@ -365,7 +377,9 @@ class Regions:
         for notes in self.logs:
             notes.steps[-1] = None
 
-    def _of(self, region: Region, call: Call) -> Notes:
+    def _of(self, region: Region, call: Running) -> Notes:
+        if self._notes is None:
+            self._notes = weakref.WeakKeyDictionary()
         notes = self._notes.get(region)
         if notes is None:
             notes = self._notes[region] = Notes(call, region)

@@ -155,6 +155,10 @@ class Tracker:
         else:
             self._facts[id(tensor)] = (weakref.ref(tensor), fact)
 
+    def learn(self, facts: dict[int, tuple[Any, Any]]) -> None:
+        """Notes many facts at once: a reference to each tensor, by its id, and its fact."""
+        self._facts.update(facts)
+
     def owners(self, fact: Rows, device: torch.device) -> Tensor:
         """The member of each entry on the axis of rows."""
         rows = entries(fact, device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flipout.modes import transformed
 from flipout.noise import Noise
+from flipout.terms import Groups
 from flipout.weight import Factor
 
 __all__ = ["Sample", "Target"]
@@ -44,16 +45,18 @@ class Sample:
     """One parameter's draw, free of gradients.
 
     Attributes:
-        unit: ε, of the mean's shape; ``[N, *shape]`` if ``per_member``; 0-d where factors alone make the noise.
+        unit: ε, of the mean's shape; ``[N, *shape]`` or ``[K, *shape]`` if ``per_member``; 0-d where factors alone make the noise.
         factors: one tuple a term of the carrier.
-        per_member: whether ``unit`` differs per member by itself.
+        per_member: whether ``unit`` has a leading axis: one entry a member, or one a group of members.
         scaled: whether ``unit`` already carries the noise's fixed scale.
+        groups: which entry of the leading axis each member has; None where each has its own.
     """
 
     unit: Tensor
     factors: tuple[tuple[Factor, ...], ...] = ((),)
     per_member: bool = False
     scaled: bool = False
+    groups: Groups | None = None
 
     def without_row(self, row: int) -> Sample:
         """The sample without noise on one row of a table: for every member, and for whatever else uses the table."""
@@ -91,5 +94,5 @@ class Sample:
             tuple(replace(o, values=o.put(index, n), repeat=1) for o, n in zip(olds, news, strict=True))
             for olds, news in zip(self.factors, fresh.factors, strict=True)
         )
-        unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member else self.unit
-        return Sample(unit, factors, self.per_member, self.scaled)
+        unit = self.unit.index_copy(0, index, fresh.unit) if self.per_member and self.groups is None else self.unit
+        return replace(self, unit=unit, factors=factors)

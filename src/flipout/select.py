@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from flipout.arguments import broadcasts
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
-from flipout.noise import Noise
-from flipout.sharded import in_flat_pieces
+from flipout.noise import Noise, scale_of_mean
+from flipout.sharded import in_flat_pieces, whole
 
 __all__ = ["SCALES", "Selection", "Site", "check_generator", "held", "hooks_on", "select"]
 
@@ -103,12 +103,25 @@ class Selection:
         self._names = [(part._parameters, frozenset(part._parameters)) for part in modules if part._parameters]
         self._slots = [(part, name) for part in modules for name, value in part._parameters.items() if value is not None]
         self._seen: list[Any] = []
+        self._index = {slot: i for i, site in enumerate(self._sites) for slot in site.slots}
         self._shape = self._ties()
+
+    def known(self, sites: tuple[Site, ...]) -> dict[int, tuple[Any, int]] | None:
+        """What stood in the slots when they were last looked at: by id, a reference to each tensor and the number of its site.
+
+        None where ``sites`` are not those of :meth:`sites`.
+        """
+        return self._known if sites is self._sites else None
 
     def _ties(self) -> list[Any]:
         """The shape of each parameter, and the first slot that holds the same one."""
         held_now = [held(*slot) for slot in self._slots]
         self._seen = [None if tensor is None else weakref.ref(tensor) for tensor in held_now]
+        self._known = {
+            id(tensor): (seen, self._index[slot])
+            for slot, tensor, seen in zip(self._slots, held_now, self._seen, strict=True)
+            if tensor is not None and slot in self._index
+        }
         first: dict[int, int] = {}
         keys = [_identity(*slot, tensor, self._tied) for slot, tensor in zip(self._slots, held_now, strict=True)]
         groups: dict[Any, list[tuple[nn.Module, str]]] = {}
@@ -142,6 +155,7 @@ class Selection:
             self._look()
         except AttributeError:  # the module is being rebuilt, and is looked at when it stands
             self.names, self._slots, self._parts, self._names = (), [], [({}, (("", None),))], []
+            self._sites = ()
 
 
 def select(
@@ -309,12 +323,22 @@ def _require_shape(name: str, noise: Noise, parameter: Tensor | None) -> None:
     assert parameter is not None
     shapes = [noise.std.shape] if isinstance(noise.std, Tensor) else []
     shapes += [noise.dist.batch_shape] if isinstance(noise, FromDistribution) else []
+    if callable(noise.std):
+        _require_scale(name, noise.std, parameter)
     for shape in shapes:
         if not broadcasts(shape, parameter.shape):
             raise ArgumentError(
                 f"the noise of {name!r} has numbers of shape {tuple(shape)}, which do not broadcast to the parameter's "
                 f"{tuple(parameter.shape)}; give one number, one for each entry, or another noise to each parameter by its name"
             )
+
+
+def _require_scale(name: str, function: Callable[[Tensor], Tensor], parameter: Tensor) -> None:
+    """Raises where the scale that a function gives a parameter is none."""
+    try:
+        scale_of_mean(function, whole(parameter))
+    except ArgumentError as error:
+        raise ArgumentError(f"the noise of {name!r}: {error}") from error
 
 
 def _require_python(name: str, slots: Iterable[tuple[nn.Module, str]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flipout.modes import functional, transformed
 
-__all__ = ["draw_bits", "draw_signs", "pack", "packed_size", "unpack"]
+__all__ = ["draw_bits", "draw_signs", "flip_", "flip_by_", "pack", "packed_size", "unpack"]
 
 _INT64_MIN = -(2**63)
 
@@ -91,6 +91,37 @@ def pack(signs: Tensor) -> Tensor:
     rows, size = signs.shape
     bits = torch.nn.functional.pad((signs > 0).to(torch.uint8), (0, -size % 8)).view(rows, packed_size(size), 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=signs.device)).sum(-1, dtype=torch.uint8)
+
+
+def flip_(x: Tensor, bits: Tensor) -> Tensor:
+    """Signs times numbers of two bytes, in place: sign bits of ``x [..., size]`` are flipped where a packed bit is 0.
+
+    Args:
+        x: ``[rows, size]`` or ``[A, rows, T, size]`` in bfloat16 or float16; nothing is differentiated.
+        bits: packed signs ``[rows, ceil(size / 8)]``.
+
+    Example:
+        >>> flip_(torch.tensor([[1.0, 2.0, -3.0, 4.0]], dtype=torch.bfloat16), torch.tensor([[0b0101]], dtype=torch.uint8))
+        tensor([[ 1., -2., -3., -4.]], dtype=torch.bfloat16)
+    """
+    size = x.shape[-1]
+    masks = _mask_table(bits.device).index_select(0, bits.reshape(-1).int()).view(bits.shape[0], -1)[:, :size]
+    x.view(torch.int16).bitwise_xor_(masks if x.dim() == 2 else masks.unsqueeze(1))
+    return x
+
+
+def flip_by_(x: Tensor, signs: Tensor) -> Tensor:
+    """As :func:`flip_`, by signs as numbers, which broadcast to ``x``: sign bits are flipped where they are negative."""
+    x.view(torch.int16).bitwise_xor_((signs < 0).to(torch.int16).mul_(-(2**15)))
+    return x
+
+
+@cache
+def _mask_table(device: torch.device) -> Tensor:
+    """The sign bit of a number of two bytes for each 0 of each byte, ``[256, 8]``: a constant."""
+    with torch.inference_mode(False):
+        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        return ((1 - bits) * -(2**15)).to(torch.int16).to(device)
 
 
 @cache

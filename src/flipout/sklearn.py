@@ -31,10 +31,10 @@ except ModuleNotFoundError as error:
 from flipout.arguments import require_count
 from flipout.bayes import elbo_loss, kl_divergence, linear_annealing, require_finite, sample_outputs
 from flipout.errors import ArgumentError
-from flipout.gradients import stream
 from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
-from flipout.variance.estimators import named_estimators
+from flipout.streams import stream
+from flipout.variance.named import named_estimators
 
 __all__ = ["BayesianClassifier", "BayesianRegressor"]
 

@@ -13,7 +13,7 @@ from flipout.errors import DrawError
 from flipout.noise import Source
 from flipout.signs import pack, unpack
 
-__all__ = ["Factor", "Term"]
+__all__ = ["Factor", "Groups", "Term"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,34 +89,94 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Which of several bases each member has.
+
+    Attributes:
+        each: members to a base, where they stand in runs of one length, the runs in the order of the bases.
+        index: the base of each member ``[N]`` where they stand in any other way; else None.
+    """
+
+    each: int
+    index: Tensor | None = None
+
+    def of(self, count: int, device: torch.device) -> Tensor:
+        """The base of each member ``[N]``, of ``count`` bases."""
+        if self.index is not None:
+            return self.index.to(device)
+        return torch.arange(count, device=device).repeat_interleave(self.each)
+
+    def members(self, index: Tensor | slice, count: int, device: torch.device) -> Groups:
+        """The groups of some members only."""
+        return Groups(self.each, self.of(count, device)[index])
+
+    def same(self, other: Groups | None) -> bool:
+        """Whether members of both are grouped alike."""
+        return other is not None and self.each == other.each and self.index is other.index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Term:
     """One summand of the perturbation.
 
     Attributes:
-        base: B, broadcastable to the weight's shape; with a leading member axis if ``per_member``.
+        base: B, broadcastable to the weight's shape; with a leading axis if ``per_member``.
         factors: what multiplies it per member.
-        per_member: whether the base differs per member by itself.
+        per_member: whether the base has a leading axis: one entry a member, or one a group of members.
         source: what the base was made of, if a rule may take its gradient there itself.
+        groups: which entry of the leading axis each member has; None where each has its own.
     """
 
     base: Tensor
     factors: tuple[Factor, ...] = ()
     per_member: bool = False
     source: Source | None = None
+    groups: Groups | None = None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether members share one base, or share several in runs of one length."""
+        return not self.per_member or (self.groups is not None and self.groups.index is None)
+
+    def listed(self) -> Tensor:
+        """The base of every member, ``[N, …]``; ``[1, …]`` where all share one."""
+        if not self.per_member:
+            return self.base.unsqueeze(0)
+        if self.groups is None:
+            return self.base
+        return self.base.index_select(0, self.groups.of(self.base.shape[0], self.base.device))
+
+    def over(self, base: Tensor, factors: tuple[Factor, ...] | None = None) -> Term:
+        """The term with another base, of the same members, and other factors where given."""
+        return Term(base, self.factors if factors is None else factors, self.per_member, groups=self.groups)
 
     def dense(self, ndim: int) -> Tensor:
         """The term for every member, broadcastable to ``[N, *weight.shape]``."""
-        value = self.base if self.per_member else self.base.unsqueeze(0)
+        value = self.listed()
         for factor in self.factors:
             value = value * factor.broadcast(ndim, self.base.dtype)
         return value
 
     def members(self, index: Tensor | slice) -> Term:
         """The term of some members only."""
+        factors = tuple(factor.members(index) for factor in self.factors)
+        if self.groups is not None:
+            groups = self.groups.members(index, self.base.shape[0], self.base.device)
+            return Term(self.base, factors, True, groups=groups)
         base = self.base[index] if self.per_member else self.base
-        source = None if self.per_member else self.source
-        return Term(base, tuple(factor.members(index) for factor in self.factors), self.per_member, source)
+        return Term(base, factors, self.per_member, None if self.per_member else self.source)
+
+    def repeated(self, times: int) -> Term:
+        """The term with each member ``times`` times, one after the other."""
+        if self.per_member and self.groups is None:
+            return self.members(torch.arange(len(self.base), device=self.base.device).repeat_interleave(times))
+        factors = tuple(f if f.values is None else replace(f, values=f.values.repeat_interleave(times, 0)) for f in self.factors)
+        groups = self.groups
+        if groups is not None:
+            index = None if groups.index is None else groups.index.repeat_interleave(times)
+            groups = Groups(groups.each * times, index)
+        return replace(self, factors=tuple(replace(f, repeat=1) for f in factors), groups=groups)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Term:
         """The term with a function of each entry applied to its base."""
-        return Term(function(self.base), self.factors, self.per_member)
+        return self.over(function(self.base))

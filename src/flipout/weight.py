@@ -177,7 +177,7 @@ class PerturbedWeight(torch.Tensor):
             with uncounted():
                 bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
             factors = [replace(factor, values=b, packed=True, repeat=1) for factor, b in zip(term.factors, bits, strict=True)]
-            terms.append(Term(term.base, tuple(factors)))
+            terms.append(term.over(term.base, tuple(factors)))
         return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -190,6 +190,8 @@ class PerturbedWeight(torch.Tensor):
         yield "mean_weight", self.mean_weight
         for i, term in enumerate(self.terms):
             yield f"_base{i}", term.base
+            if term.groups is not None and term.groups.index is not None:
+                yield f"_group{i}", term.groups.index
             for j, factor in enumerate(term.factors):
                 if factor.values is not None:
                     yield f"_factor{i}_{j}", factor.values
@@ -207,6 +209,7 @@ class PerturbedWeight(torch.Tensor):
                 inner[f"_base{i}"],
                 tuple(replace(f, values=inner.get(f"_factor{i}_{j}")) for j, f in enumerate(term.factors)),
                 term.per_member,
+                groups=term.groups and replace(term.groups, index=inner.get(f"_group{i}")),
             )
             for i, term in enumerate(terms)
         )

@@ -10,8 +10,8 @@ import coin
 import torch
 
 from flipout.errors import ArgumentError
-from flipout.experiments import reproduce
-from flipout.states import read_state, write_state
+from flipout.storage.states import read_state, write_state
+from flipout_experiments.harness import reproduce
 
 
 def together(count: int, work) -> list[int]:

@@ -21,15 +21,18 @@ import torch._dynamo  # optimisers import it at their first step
 from matplotlib import figure  # noqa: F401
 from torch import nn
 
-from flipout import files
 from flipout.evolution import (
     EvolutionStrategy,
     load_checkpoint,
     rollouts,  # noqa: F401
     save_checkpoint,
 )
-from flipout.experiments import figures, lm, metrics, regularization, reproduce, train_es  # noqa: F401
-from flipout.experiments.run import Run, silent
+from flipout.storage import files
+from flipout_experiments.harness import metrics_file as metrics
+from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.run import Run, silent
+from flipout_experiments.language import lm
+from flipout_experiments.paper.evolution import train_es
 
 
 def die() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import coin
 import torch
 
-from flipout import files
-from flipout.experiments import reproduce
-from flipout.experiments.run import Run
+from flipout.storage import files
+from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.run import Run
 
 
 @dataclass(frozen=True)

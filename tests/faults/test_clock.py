@@ -7,8 +7,8 @@ import time
 import pytest
 from runs import Settings, assert_nothing_lost, toss
 
-from flipout.experiments import train_es
-from flipout.experiments.run import Run, silent
+from flipout_experiments.harness.run import Run, silent
+from flipout_experiments.paper.evolution import train_es
 
 DAY = 86_400.0
 

@@ -9,11 +9,11 @@ from runs import Settings, contents, resumed, toss, unfinished
 
 import flipout
 from flipout.evolution import EvolutionStrategy, load_checkpoint, save_checkpoint
-from flipout.experiments.metrics import MetricsFile
-from flipout.experiments.run import Run
-from flipout.report import write_report
-from flipout.states import read_state, write_state
-from flipout.variance.saving import BlockFile
+from flipout.storage.blocks import BlockFile
+from flipout.storage.states import read_state, write_state
+from flipout_experiments.harness.metrics_file import MetricsFile
+from flipout_experiments.harness.run import Run
+from flipout_experiments.report import write_report
 
 STATE = {"x": torch.arange(6.0), "step": 3, "name": "a", "moments": [torch.ones(2), 0.5]}
 

@@ -14,12 +14,12 @@ import runs
 import torch
 from runs import assert_nothing_lost, resumed, toss, unfinished
 
-from flipout import files
 from flipout.data.sources import Remote, fetch
 from flipout.errors import DownloadError, SaveError
 from flipout.evolution import EvolutionStrategy, load_checkpoint, save_checkpoint
-from flipout.experiments.lm import lm_settings, run_lm
-from flipout.report import write_report
+from flipout.storage import files
+from flipout_experiments.language.lm import lm_settings, run_lm
+from flipout_experiments.report import write_report
 
 
 def fills_after(monkeypatch, calls: int) -> None:
@@ -42,7 +42,7 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, monkeypatch):
     with resumed(folder) as run:
         with monkeypatch.context() as patch:
             fills_after(patch, 0)
-            with pytest.raises(SaveError, match=r"No space left on device\); the version saved before is kept.*--resume"):
+            with pytest.raises(SaveError, match=r"No space left on device\); the version saved before is kept.*what was saved"):
                 run.save_checkpoint("state", {"x": torch.zeros(3)})
         assert torch.equal(run.load_checkpoint("state")["x"], torch.ones(3))
         assert not list(folder.rglob(f"*{files.UNFINISHED}"))
@@ -53,7 +53,7 @@ def test_a_disk_that_is_really_full_ends_a_run_that_can_go_on(undisturbed, tmp_p
     """The system itself refuses to write beyond so many bytes of a file, as it does on a full disk."""
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[2]); import coin\n"
-        "from pathlib import Path; from flipout.errors import SaveError; from flipout.experiments import reproduce\n"
+        "from pathlib import Path; from flipout.errors import SaveError; from flipout_experiments.harness import reproduce\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1200, resource.RLIM_INFINITY))\n"
         "try: reproduce.run_experiment(coin.ENTRY, 'smoke', Path(sys.argv[1]))\n"
         "except SaveError as error: sys.exit(f'SaveError: {error}')\n"
@@ -133,7 +133,7 @@ def test_a_download_that_finds_no_room_is_told_and_leaves_nothing(tmp_path, monk
 
 
 def test_metrics_are_cut_where_the_last_whole_line_ends(tmp_path, monkeypatch):
-    from flipout.experiments import metrics
+    from flipout_experiments.harness import metrics_file as metrics
 
     real, left = metrics.write_all, 3
 

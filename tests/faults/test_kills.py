@@ -12,8 +12,8 @@ import torch
 from deaths import DEATHS
 from runs import Settings, assert_nothing_lost, resumed
 
-from flipout.experiments.run import Run
-from flipout.states import read_state
+from flipout.storage.states import read_state
+from flipout_experiments.harness.run import Run
 
 fcntl = pytest.importorskip("fcntl", reason="kills forked processes")
 

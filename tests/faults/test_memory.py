@@ -11,7 +11,7 @@ import torch
 from runs import assert_nothing_lost, toss
 
 from flipout.errors import OutOfMemoryError
-from flipout.experiments.memory import shortage_told
+from flipout_experiments.harness.memory import shortage_told
 
 HUNGRY = """
 import resource, sys
@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import coin, torch
 from flipout.errors import OutOfMemoryError
-from flipout.experiments import reproduce
+from flipout_experiments.harness import reproduce
 
 def batch(phase, done, total):
     if (phase, done) == ("second", 8):

@@ -10,12 +10,13 @@ from runs import Settings
 import flipout
 from flipout.errors import ArgumentError, NotFiniteError
 from flipout.evolution import EvolutionStrategy
-from flipout.experiments import reproduce, uncertainty
-from flipout.experiments.evolution_training import Contestant, Problem, train
-from flipout.experiments.lm import lm_settings, run_lm
-from flipout.experiments.pretrain import PretrainingSettings, pretrain_classifier
-from flipout.experiments.run import Run
-from flipout.states import read_state
+from flipout.storage.states import read_state
+from flipout_experiments.harness import reproduce
+from flipout_experiments.harness.run import Run
+from flipout_experiments.language.lm import lm_settings, run_lm
+from flipout_experiments.nets.pretrain import PretrainingSettings, pretrain_classifier
+from flipout_experiments.paper import uncertainty
+from flipout_experiments.paper.evolution.contestants import Contestant, Problem, train
 
 NAN = float("nan")
 

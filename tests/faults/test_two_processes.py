@@ -12,9 +12,9 @@ import pytest
 from runs import assert_nothing_lost, contents, resumed, toss, unfinished
 
 import flipout
-from flipout import files
 from flipout.errors import SaveError
-from flipout.experiments.lock import FolderLock
+from flipout.storage import files
+from flipout_experiments.harness.lock import FolderLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and stops processes")
 
@@ -24,7 +24,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import coin
-from flipout.experiments import reproduce
+from flipout_experiments.harness import reproduce
 
 def stop(phase, done, total):
     if (phase, done) == ("second", 8):

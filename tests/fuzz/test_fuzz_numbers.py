@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flipout import bayes, data
-from flipout.files import plain, read_json, write_json
-from flipout.moments import Estimate, Moments, combine, estimate_mean, log_log_slope, ratio, t_quantile
+from flipout.intervals import Estimate, combine, estimate_mean, log_log_slope, ratio, t_quantile
+from flipout.moments import Moments
+from flipout.storage.files import plain, read_json, write_json
 
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 TAME = st.floats(-1e6, 1e6)

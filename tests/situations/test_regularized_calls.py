@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import flipout
-from flipout.gradients import stream
 from flipout.regularize import TRANSFORMER, WORD, Dropout, EmbeddingDropout, Method, Regularized
+from flipout.streams import stream
 
 WORDS, UNITS = 7, 6
 PER_SEQUENCE = Method(embedding=EmbeddingDropout(0.5, per="sequence"))

@@ -18,9 +18,9 @@ from torch.distributions import Distribution, Normal, constraints, register_kl
 from torch.distributions import kl_divergence as closed_form
 
 from flipout.arguments import broadcasts, require_count
+from flipout.bayes.dawson import dawson_integral
 from flipout.bayes.posterior import Posterior, posteriors, require_net
 from flipout.bayes.priors import LogUniform
-from flipout.bayes.special import dawson_integral
 from flipout.errors import ArgumentError
 from flipout.noise import Gaussian
 from flipout.perturb import Perturbed
@@ -171,6 +171,13 @@ def _require_finite_kl(posterior: Posterior, prior: Distribution) -> None:
             f"{name!r} has weights of zero under relative noise, which have no spread: the KL is infinite; exclude it (biases "
             "often start at zero), or give it additive noise, which flipout.bayes.from_pretrained does with a floor"
         )
+    if (
+        callable(noise.std)
+        and posterior.log_std is None
+        and not torch.compiler.is_compiling()
+        and bool((posterior.scale == 0).any())
+    ):
+        raise ArgumentError(f"{name!r} has weights whose scale, a function of them, is zero: the KL is infinite; add a floor to it")
 
 
 def _over_all_reals(prior: Distribution, like: Tensor) -> bool:

@@ -15,10 +15,10 @@ from flipout.errors import ArgumentError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_band", "draw_reliability"]
+__all__ = ["plot_band", "plot_reliability"]
 
 
-def draw_reliability(
+def plot_reliability(
     prediction: Classification | Tensor, labels: Tensor, bins: int = 15, axes: Axes | None = None, label: str | None = None
 ) -> Axes:
     """Accuracy against confidence, bin by bin: an honest prediction lies on the diagonal, an overconfident one below it.
@@ -33,7 +33,7 @@ def draw_reliability(
         ArgumentError: as the metrics do, or if matplotlib is not installed.
 
     Example:
-        >>> axes = draw_reliability(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
+        >>> axes = plot_reliability(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
         >>> axes.get_xlabel()
         'confidence'
     """
@@ -57,7 +57,7 @@ def draw_reliability(
     return axes
 
 
-def draw_band(x: Tensor, prediction: Regression, axes: Axes | None = None, deviations: float = 2.0, functions: int = 0) -> Axes:
+def plot_band(x: Tensor, prediction: Regression, axes: Axes | None = None, deviations: float = 2.0, functions: int = 0) -> Axes:
     """The mean of a regression over one input, a band around it, and some members' own functions.
 
     Args:
@@ -72,12 +72,12 @@ def draw_band(x: Tensor, prediction: Regression, axes: Axes | None = None, devia
 
     Example:
         >>> x = torch.linspace(0, 1, 5)
-        >>> axes = draw_band(x, Regression.of(torch.stack([x, 2 * x])), functions=2)
+        >>> axes = plot_band(x, Regression.of(torch.stack([x, 2 * x])), functions=2)
         >>> len(axes.lines)
         3
     """
     if not isinstance(prediction, Regression) or prediction.mean.numel() != x.numel():
-        raise ArgumentError("draw_band takes a Regression with one output for each of x; predict with task='regression'")
+        raise ArgumentError("plot_band takes a Regression with one output for each of x; predict with task='regression'")
     if functions and (prediction.samples is None or functions > len(prediction.samples)):
         raise ArgumentError(f"functions={functions}: the prediction kept fewer samples; predict with more, and keep_samples=True")
     axes = _axes(axes)

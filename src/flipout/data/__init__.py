@@ -10,11 +10,13 @@ from __future__ import annotations
 from flipout.data.embedded import embedded_mnist
 from flipout.data.examples import Dataset, Examples, Text, text_batches
 from flipout.data.images import cifar10, fashion_mnist, mnist
+from flipout.data.sources import Remote
 from flipout.data.text import penn_treebank, tiny_shakespeare
 
 __all__ = [
     "Dataset",
     "Examples",
+    "Remote",
     "Text",
     "cifar10",
     "embedded_mnist",

@@ -19,7 +19,7 @@ from flipout.data.embedded import embedded_mnist
 from flipout.data.examples import Dataset, Examples
 from flipout.data.sources import Remote, load
 from flipout.errors import ArgumentError
-from flipout.files import save_failed
+from flipout.storage.files import save_failed
 
 __all__ = ["CIFAR10", "FASHION_MNIST", "MNIST", "cifar10", "fashion_mnist", "mnist"]
 

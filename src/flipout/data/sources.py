@@ -25,6 +25,11 @@ class Remote:
         folder: in the cache, and under ``data_dir``.
         urls: folders that hold the files, tried in order.
         hashes: of each file, as pooch has them (``"md5:..."``, ``"sha256:..."``).
+
+    Example:
+        >>> mirror = Remote("digits", ("https://example.org/",), {"images.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"})
+        >>> mirror.folder
+        'digits'
     """
 
     folder: str

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flipout.evolution.characters import character_tokenizer
 from flipout.evolution.checkpoint import load_checkpoint, save_checkpoint
 from flipout.evolution.exploration import ParameterNoise, noisy
-from flipout.evolution.language import Generation
+from flipout.evolution.language import TokenReward
 from flipout.evolution.members import Members
-from flipout.evolution.normalization import ObservationNormalizer
+from flipout.evolution.observations import ObservationNormalizer
 from flipout.evolution.strategy import EvolutionStrategy
 from flipout.evolution.text import TextRewards
 from flipout.evolution.zeroth_order import ZerothOrder
+from flipout.renamed import renamed
 
 if TYPE_CHECKING:
     from flipout.evolution.ray import RayWorkers
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvolutionStrategy",
-    "Generation",
     "Members",
     "ObservationNormalizer",
     "ParameterNoise",
     "RayWorkers",
     "Rollouts",
+    "TokenReward",
     "TextRewards",
     "ZerothOrder",
     "ZerothOrderTrainer",
@@ -47,9 +48,13 @@ _OPTIONAL = {
 }
 
 
+#: Deprecated names, and what they are called now.
+_RENAMED = {"Generation": "TokenReward"}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _OPTIONAL:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return renamed(__name__, name, _RENAMED)
     module, package, extra = _OPTIONAL[name]
     try:
         return getattr(importlib.import_module(module), name)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any, Protocol
 
-from flipout.errors import ArgumentError
 from flipout.evolution.strategy import EvolutionStrategy
-from flipout.states import read_state, write_state
+from flipout.storage.parts import Stateful, read_parts, write_parts
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
-
-
-class Stateful(Protocol):
-    """What has a state: an optimiser, a scheduler, a normaliser."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 def save_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) -> None:
@@ -41,7 +31,7 @@ def save_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
         ...     save_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
         ...     load_checkpoint(f"{folder}/es.pt", es, optimiser=optimiser)
     """
-    write_state(Path(path), {name: part.state_dict() for name, part in _all(es, parts).items()})
+    write_parts(Path(path), _all(es, parts))
 
 
 def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) -> None:
@@ -59,22 +49,7 @@ def load_checkpoint(path: Path | str, es: EvolutionStrategy, **parts: Stateful) 
             ...
         flipout.errors.ArgumentError: the checkpoint nowhere.pt cannot be read ...
     """
-    states, wanted = read_state(Path(path)), _all(es, parts)
-    if set(wanted) != set(states):
-        raise ArgumentError(f"the checkpoint {path} has {sorted(states)}: pass the parts that it was saved with, by the same names")
-    before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
-    at = ""
-    try:
-        for at, part in wanted.items():
-            part.load_state_dict(states[at])
-    except Exception as error:
-        for name, part in wanted.items():
-            part.load_state_dict(before[name])
-        if isinstance(error, ArgumentError):
-            raise
-        raise ArgumentError(
-            f"the checkpoint {path} has another {at} ({str(error).splitlines()[0]}): make every part as it was made then"
-        ) from error
+    read_parts(Path(path), _all(es, parts))
 
 
 def _all(es: EvolutionStrategy, parts: dict[str, Stateful]) -> dict[str, Stateful]:

@@ -11,13 +11,13 @@ from torch import Tensor
 from flipout.errors import ArgumentError
 from flipout.evolution.members import Members
 
-__all__ = ["Generation"]
+__all__ = ["TokenReward"]
 
 #: ``reward(prompts [n, L], written [n, T]) -> [n]``: larger is better; it need not be differentiable, nor written in torch.
 Reward = Callable[[Tensor, Tensor], Any]
 
 
-class Generation:
+class TokenReward:
     """An ``evaluate`` for :meth:`flipout.evolution.EvolutionStrategy.step`: the mean reward of what a member writes to the prompts.
 
     The rows of one ``model.generate`` are members x prompts. Decoding is greedy, so that a member's fitness is a function of its
@@ -39,7 +39,7 @@ class Generation:
         >>> def reward(prompts, written):  # large numbers are good
         ...     return written.float().mean(1)
         >>> es = flipout.evolution.EvolutionStrategy(GPT2LMHeadModel(config).eval(), std=0.3, population=8)
-        >>> es.step(Generation(reward, torch.tensor([[1, 2], [4, 5]]), max_new_tokens=4)).shape
+        >>> es.step(TokenReward(reward, torch.tensor([[1, 2], [4, 5]]), max_new_tokens=4)).shape
         torch.Size([8])
     """
 

@@ -143,6 +143,8 @@ def perturbed_net(
             f"estimator={estimator!r}: members of a population need weights of their own; choose Flipout(), LowRank(rank) or "
             "Independent()"
         )
+    if isinstance(estimator, Flipout) and estimator.bases > 1:
+        raise ArgumentError(f"{estimator}: the bases of a population are counted by its members; pass members_per_base=N/K")
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad] if isinstance(module, nn.Module) else []
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     return Perturbed(module, laws[base], estimator, include, [*exclude, *frozen], batch_dim, fallback=fallback)

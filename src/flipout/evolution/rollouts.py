@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flipout.errors import ArgumentError
 from flipout.evolution.environments import EpisodeVectorEnv, action_reader, make_env, observation_shape, observation_tensor
 from flipout.evolution.members import Members
-from flipout.evolution.normalization import ObservationNormalizer
+from flipout.evolution.observations import ObservationNormalizer
 
 __all__ = ["Rollouts"]
 

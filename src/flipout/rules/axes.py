@@ -29,7 +29,7 @@ def permute(weight: PerturbedWeight, order: Sequence[int]) -> PerturbedWeight:
             base = term.base.permute(0, *(1 + axis for axis in order))
         else:
             base = term.base.permute(order) if term.base.dim() else term.base
-        return Term(base, factors, term.per_member)
+        return term.over(base, factors)
 
     return weight.replace(weight.mean_weight.permute(order), [of_term(term) for term in weight.terms])
 
@@ -62,7 +62,7 @@ def reshape(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
             base = base.reshape(base.shape[0], *mean.shape)
         elif base.dim():
             base = base.expand(old).reshape(mean.shape)
-        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+        return term.over(base, tuple(of_factor(f) for f in term.factors))
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
 
@@ -98,7 +98,7 @@ def take(weight: PerturbedWeight, axis: int, index: slice | Tensor) -> Perturbed
         base = term.base
         if base.dim():
             base = pick(base, axis + term.per_member)
-        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+        return term.over(base, tuple(of_factor(f) for f in term.factors))
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
 
@@ -122,7 +122,7 @@ def broadcast(weight: PerturbedWeight, shape: Sequence[int]) -> PerturbedWeight:
             base = base.reshape(base.shape[0], *[1] * lead, *base.shape[1:]).expand(-1, *mean.shape)
         elif base.dim():
             base = base.expand(mean.shape)
-        return Term(base, tuple(of_factor(f) for f in term.factors), term.per_member)
+        return term.over(base, tuple(of_factor(f) for f in term.factors))
 
     return weight.replace(mean, [of_term(term) for term in weight.terms])
 
@@ -157,7 +157,7 @@ def scaled(weight: PerturbedWeight, values: Tensor, axis: int | None) -> Perturb
         held = next((f for f in term.factors if f.axes == axes), None)
         merged = values if held is None else held.flat(mean.dtype) * values
         others = tuple(f for f in term.factors if f is not held)
-        return Term(term.base, (*others, Factor(merged, axes, sizes, packed=False)), term.per_member)
+        return term.over(term.base, (*others, Factor(merged, axes, sizes, packed=False)))
 
     # W̄ ∘ c̄ stays a mean, so that what reads one finds one
     middle = values.mean(0) if len(values) else values.sum(0)

@@ -8,7 +8,7 @@ kernel. With groups, the input signs of a kernel [out, in / groups, …] repeat 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, LocalReparameterization, LowRank
-from flipout.modes import autocast, composed, owned
+from flipout.modes import autocast, composed, owned, transformed
+from flipout.precision import lowered, product_dtype, raised
 from flipout.registry import rule
 from flipout.rules.per_row import per_row
+from flipout.signs import flip_by_
 from flipout.weight import Factor, PerturbedWeight, Term, require_data
 
 __all__ = ["Geometry", "convolve"]
@@ -68,6 +70,10 @@ class Geometry:
         )
         return grads
 
+    def repeated(self, count: int) -> Geometry:
+        """The same for ``count`` convolutions at once, side by side in the channels."""
+        return replace(self, groups=count * self.groups)
+
 
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value) * (rank if len(value) == 1 else 1)
@@ -114,11 +120,13 @@ def _perturbed_kernel(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, g
         return geometry(x, mean, bias)
     separable = [_channels(term) for term in weight.terms]
     if len(separable) == 1 and separable[0] is not None:
-        (base,) = autocast(weight.terms[0].base.expand(mean.shape))
+        (base,) = autocast(_bases(weight.terms[0], mean))
         r, s = (_per_channel(f, x, geometry) for f in separable[0])
         if geometry.transposed:  # the kernel is [in, out / groups, …]
             r, s = s, r
-        return _signed_convolution(x, mean, base, s, r, bias, geometry)
+        signs = all(f is None or f.packed or f.signs for f in separable[0])
+        dtype = product_dtype(weight.origin.estimator, x) if signs else None
+        return _signed_convolution(x, mean, base, s, r, bias, geometry, dtype)
     if any(sides is None for sides in separable) and not (
         isinstance(weight.origin.estimator, LowRank) and geometry.groups == 1 and not geometry.transposed
     ):
@@ -129,15 +137,40 @@ def _perturbed_kernel(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, g
             y = y + _low_rank(x, term, weight, geometry)
             continue
         r, s = (_per_channel(f, x, geometry) for f in (reversed(sides) if geometry.transposed else sides))
-        z = geometry(x if s is None else x * s, autocast(term.base.expand(mean.shape))[0])
+        z = _on_bases(x if s is None else x * s, autocast(_bases(term, mean))[0], geometry)
         y = y + (z if r is None else z * r)
     return y
+
+
+def _bases(term: Term, mean: Tensor) -> Tensor:
+    """The base of a term, of the kernel's shape; ``[K, *kernel]`` where groups of members have their own."""
+    return term.base.expand(-1, *mean.shape) if term.per_member else term.base.expand(mean.shape)
+
+
+def _on_bases(x: Tensor, base: Tensor, geometry: Geometry) -> Tensor:
+    """A convolution with a kernel, or with one for each group of rows: one convolution whose channels are those of all groups."""
+    if base.dim() == geometry.rank + 2:
+        return geometry(x, base)
+    count = len(base)
+    return _unfolded(geometry.repeated(count)(_folded(x, count), base.flatten(0, 1)), count)
+
+
+def _folded(x: Tensor, count: int) -> Tensor:
+    """``[count * E, C, …]`` as ``[E, count * C, …]``."""
+    images: Tensor = x.unflatten(0, (count, len(x) // count))
+    return images.transpose(0, 1).flatten(1, 2)
+
+
+def _unfolded(y: Tensor, count: int) -> Tensor:
+    """The inverse of :func:`_folded`."""
+    rows: Tensor = y.unflatten(1, (count, y.shape[1] // count)).transpose(0, 1).flatten(0, 1)
+    return rows
 
 
 def _channels(term: Term) -> tuple[Factor | None, Factor | None] | None:
     """The factors along kernel axes 0 and 1; None where the term has any other."""
     sides: list[Factor | None] = [None, None]
-    if term.per_member:
+    if not term.blocks:
         return None
     for factor in term.factors:
         if factor.axes not in ((0,), (1,)) or sides[factor.axes[0]] is not None:
@@ -159,40 +192,89 @@ def _per_channel(factor: Factor | None, x: Tensor, geometry: Geometry) -> Tensor
 
 
 def _signed_convolution(
-    x: Tensor, mean: Tensor, base: Tensor, s: Tensor | None, r: Tensor | None, bias: Tensor | None, geometry: Geometry
+    x: Tensor,
+    mean: Tensor,
+    base: Tensor,
+    s: Tensor | None,
+    r: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     if composed(x, mean, base, bias):
-        z = geometry(x if s is None else x * s, base)
-        return geometry(x, mean, bias) + (z if r is None else z * r)
-    y: Tensor = _SignedConvolution.apply(x, mean, base, s, r, bias, geometry)  # type: ignore[no-untyped-call]
+        z = _noise(x, s, r, base, geometry, dtype)
+        return geometry(x, mean, bias) + z
+    y: Tensor = _SignedConvolution.apply(x, mean, base, s, r, bias, geometry, dtype)  # type: ignore[no-untyped-call]
     return y
+
+
+def _noise(x: Tensor, s: Tensor | None, r: Tensor | None, base: Tensor, geometry: Geometry, dtype: torch.dtype | None) -> Tensor:
+    """r ∘ (ΔW ⋆ (s ∘ x)), with the product in ``dtype``."""
+    signed, of_x = _lowered(x, s, dtype)
+    low, of_base = _lowered(base, None, dtype)
+    z = raised(_on_bases(signed, low, geometry), x.dtype, of_x, of_base)
+    return z if r is None else z * r if _differentiated(z) else z.mul_(r)
+
+
+def _lowered(x: Tensor, signs: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """An operand under its signs, in ``dtype`` if that is not None, and the number that it was divided by."""
+    if dtype is None:
+        return (x if signs is None else x * signs), None
+    low, scale = lowered(x, dtype)
+    if signs is None:
+        return low, scale
+    return (low * signs.to(dtype) if _differentiated(x) else flip_by_(low, signs)), scale
+
+
+def _differentiated(x: Tensor) -> bool:
+    return transformed() or (torch.is_grad_enabled() and x.requires_grad)
 
 
 class _SignedConvolution(torch.autograd.Function):
     """Two convolutions forward and four backward; the signed input is formed again for backward, not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, base: Tensor, s: Any, r: Any, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, base: Tensor, s: Any, r: Any, bias: Tensor | None, geometry: Geometry, dtype: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, mean, base, s, r)
-        ctx.geometry, ctx.bias_size = geometry, None if bias is None else list(bias.shape)
+        ctx.geometry, ctx.dtype, ctx.bias_size = geometry, dtype, None if bias is None else list(bias.shape)
         y = geometry(x, mean, bias)
-        z = geometry(x if s is None else x * s, base)
+        if dtype is not None:
+            return owned(y.add_(_noise(x, s, r, base, geometry, dtype)))
+        z = _on_bases(x if s is None else x * s, base, geometry)
         return owned(y.add_(z) if r is None else y.addcmul_(z, r))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, base, s, r = ctx.saved_tensors
-        needs_x, needs_mean, needs_base, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_mean, needs_base, _, _, needs_bias, *_ = ctx.needs_input_grad
         gx = gw = gd = gb = None
         if needs_x or needs_mean or needs_bias:
             gx, gw, gb = ctx.geometry.backward(grad, x, mean, ctx.bias_size, [needs_x, needs_mean, needs_bias])
         if needs_x or needs_base:
-            rg = grad if r is None else grad * r
-            sx = x if s is None or not needs_base else x * s
-            dx, gd, _ = ctx.geometry.backward(rg, sx, base, None, [needs_x, needs_base, False])
+            rg, of_grad = _lowered(grad, r, ctx.dtype)
+            sx, of_x = _lowered(x, s if needs_base else None, ctx.dtype)
+            low, of_base = _lowered(base, None, ctx.dtype)
+            dx, gd = _backward_on_bases(rg, sx, low, ctx.geometry, [needs_x, needs_base, False])
+            gd = None if gd is None else raised(gd, base.dtype, of_grad, of_x)
             if gx is not None and dx is not None:
+                dx = raised(dx, gx.dtype, of_grad, of_base)
                 gx = gx + dx if s is None else torch.addcmul(gx, dx, s)
-        return gx, gw, gd, None, None, gb, None
+        return gx, gw, gd, None, None, gb, None, None
+
+
+def _backward_on_bases(
+    grad: Tensor, x: Tensor, base: Tensor, geometry: Geometry, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of :func:`_on_bases` in its input and in its kernels."""
+    if base.dim() == geometry.rank + 2:
+        dx, gd, _ = geometry.backward(grad, x, base, None, needs)
+        return dx, gd
+    count = len(base)
+    wide = geometry.repeated(count)
+    dx, gd, _ = wide.backward(_folded(grad, count), _folded(x, count), base.flatten(0, 1), None, needs)
+    return None if dx is None else _unfolded(dx, count), None if gd is None else gd.view(base.shape)
 
 
 def _low_rank(x: Tensor, term: Term, weight: PerturbedWeight, geometry: Geometry) -> Tensor:
@@ -209,11 +291,7 @@ def _low_rank(x: Tensor, term: Term, weight: PerturbedWeight, geometry: Geometry
 
 def _grouped(x: Tensor, kernels: Tensor, members: int, geometry: Geometry) -> Tensor:
     """Each member's rows under its own kernel, as one convolution with a group (or ``groups``) a member."""
-    each = x.shape[0] // members
-    folded = x.unflatten(0, (members, each)).transpose(0, 1).flatten(1, 2)
-    y = geometry(folded, kernels, groups=members * geometry.groups)
-    rows: Tensor = y.unflatten(1, (members, -1)).transpose(0, 1).flatten(0, 1)
-    return rows
+    return _unfolded(geometry(_folded(x, members), kernels, groups=members * geometry.groups), members)
 
 
 def _dense(x: Tensor, weight: PerturbedWeight, bias: Tensor | None, geometry: Geometry) -> Tensor:

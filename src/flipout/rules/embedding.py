@@ -71,8 +71,12 @@ def _term(indices: Tensor, axis: int, rows: int, term: Term, weight: PerturbedWe
     owner = torch.arange(members, device=indices.device).repeat_interleave(rows // members)
     owner = owner.view(*[1] * axis, rows, *[1] * (indices.dim() - axis - 1))  # which member a row belongs to
     if term.per_member:
-        table = term.base.expand(members, *weight.mean_weight.shape)
-        value: Tensor = table[owner, indices]
+        table, whose = term.base.expand(-1, *weight.mean_weight.shape), owner
+        if term.groups is not None:
+            whose = term.groups.of(len(table), indices.device)[owner]
+        elif len(table) != members:
+            table = table.expand(members, *weight.mean_weight.shape)
+        value: Tensor = table[whose, indices]
     else:
         base = term.base
         value = read(indices, base) if base.dim() else base.expand(*indices.shape, *weight.mean_weight.shape[1:])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from flipout.errors import BatchError, UnsupportedNoiseError
 from flipout.estimators import Estimator, Flipout, Independent, LocalReparameterization, LowRank
 from flipout.modes import autocast, functional, require_randomness, uncounted
+from flipout.precision import product_dtype
 from flipout.registry import rule
 from flipout.rows import Part, Rows
 from flipout.rules.axes import permute, reshape
@@ -48,7 +49,7 @@ def _of_one_row(x: Tensor, weight: Any, bias: Any) -> Tensor | None:
 
 def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
     """The term's factors along the input and along the output axis of a matrix; None if one spans both."""
-    if term.per_member or any(len(f.axes) > 1 for f in term.factors):
+    if not term.blocks or any(len(f.axes) > 1 for f in term.factors):
         return None
     sides: list[Tensor | None] = [None, None]
     for f in term.factors:
@@ -59,8 +60,11 @@ def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
 
 
 def sign_factors(term: Term) -> tuple[Factor, Factor] | None:
-    """The (s, r) of a term that has one factor along the input axis, one along the output axis and a full base."""
-    if term.per_member or len(term.factors) != 2 or term.base.dim() != 2:
+    """The (s, r) of a term that has one factor along the input axis, one along the output axis and a full base.
+
+    The base may be one for each group of members, ``[K, out, in]``.
+    """
+    if not term.blocks or len(term.factors) != 2 or term.base.dim() != 2 + term.per_member:
         return None
     first, second = term.factors
     if first.axes == (1,) and second.axes == (0,):
@@ -107,7 +111,7 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
             y = y + torch.matmul(x, _matrices(term, weight, x.dtype).mT)
         else:
             full = base if base.dim() or (sides[0] is not None and sides[1] is not None) else base.expand(weight.mean_weight.shape)
-            y = y + factored_product(x, full, *sides)
+            y = y + factored_product(x, full, *sides, dtype=product_dtype(weight.origin.estimator, x))
     return _add_bias(y.view(shape), bias, place)
 
 
@@ -126,10 +130,19 @@ def _fused(x: Tensor, weight: PerturbedWeight, bias: Any, place: Rows) -> tuple[
     b, db, left = None, None, bias
     if not isinstance(bias, PerturbedWeight):
         b, left = bias, None
-    elif len(bias.terms) == 1 and len(bias.terms[0].factors) == 1 and bias.terms[0].factors[0].values is r.values:
+    elif _shares_signs(bias, r, weight.terms[0]):
         b, db, left = bias.mean_weight, bias.terms[0].base, None
     x, mean, base, b, db = autocast(x, weight.mean_weight, weight.terms[0].base, b, db)
-    return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db, s.repeat), left
+    dtype = product_dtype(weight.origin.estimator, x)
+    return signed_linear(x, mean, base, s.compact(x.dtype), r.compact(x.dtype), b, db, s.repeat, dtype), left
+
+
+def _shares_signs(bias: PerturbedWeight, r: Factor, matrix: Term) -> bool:
+    """Whether a bias is perturbed under the very output signs of a matrix, in the same groups."""
+    if len(bias.terms) != 1 or len(bias.terms[0].factors) != 1 or bias.terms[0].factors[0].values is not r.values:
+        return False
+    groups = bias.terms[0].groups
+    return groups is matrix.groups if groups is None else groups.same(matrix.groups)
 
 
 def _matrices(term: Term, weight: PerturbedWeight, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast, autocasts, transformed
 from flipout.noise import Source
+from flipout.precision import product_dtype
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
 from flipout.rules.sequence import Cell, Steps, cell_step, unroll
@@ -129,7 +130,7 @@ def _direction(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer over packed inputs ``[total, in]``."""
     mixed = autocasts(x.device.type) and not _low_precision(cell, x, weights.hr is not None)
-    signed = _signed(batch, weights) if weights.hr is None and not mixed else None
+    signed = _signed(batch, steps, weights) if weights.hr is None and not mixed else None
     if signed is None:
         return _composed(cell, steps, batch, x, h0, c0, weights)
     bias_x, bias_h = (_bias_rows(batch, bias) for bias in (weights.bias_ih, weights.bias_hh))
@@ -137,7 +138,14 @@ def _direction(
         bias_x, bias_h = bias_x + bias_h, None
     x, h0, c0, bias_x, bias_h = autocast(x, h0, c0, bias_x, bias_h)
     input, hidden = (_lowered(matrix) for matrix in signed)
-    return signed_sequence(cell, steps, x, h0.contiguous(), c0 if c0 is None else c0.contiguous(), bias_x, bias_h, input, hidden)
+    h0, c0 = h0.contiguous(), c0 if c0 is None else c0.contiguous()
+    return signed_sequence(cell, steps, x, h0, c0, bias_x, bias_h, input, hidden, _noise_dtype(x, weights))
+
+
+def _noise_dtype(x: Tensor, weights: Weights) -> torch.dtype | None:
+    """The dtype of the noise's products: bfloat16 or none, as float16 has no room for the gradients of a whole sequence."""
+    asked = product_dtype(next(carriers_in(tuple(weights))).origin.estimator, x)
+    return asked if asked == torch.bfloat16 else None
 
 
 def _low_precision(cell: Cell, x: Tensor, projected: bool) -> bool:
@@ -145,8 +153,11 @@ def _low_precision(cell: Cell, x: Tensor, projected: bool) -> bool:
     return x.device.type != "cpu" or (cell is Cell.LSTM and not projected)
 
 
-def _signed(batch: Batch, weights: Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
-    """The two matrices for the sequence kernel; None where one of them is more than a mean and flipout's one signed term."""
+def _signed(batch: Batch, steps: Steps, weights: Weights) -> tuple[SignedMatrix, SignedMatrix] | None:
+    """The two matrices for the sequence kernel; None where one of them is more than a mean and flipout's one signed term.
+
+    Bases of groups of sequences need sequences of one length, as those of a group must stay together.
+    """
     found = []
     for weight in weights[:2]:
         if not isinstance(weight, PerturbedWeight):
@@ -155,8 +166,8 @@ def _signed(batch: Batch, weights: Weights) -> tuple[SignedMatrix, SignedMatrix]
         if is_fresh(weight) or len(weight.terms) != 1:
             return None
         mean, term = weight.mean_weight, batch.gathered(weight).terms[0]
-        signs = sign_factors(term)
-        if signs is None or term.base.shape != mean.shape or not all(factor.packed or factor.signs for factor in signs):
+        signs = sign_factors(term) if steps.uniform or term.groups is None else None
+        if signs is None or term.base.shape[-2:] != mean.shape or not all(factor.packed or factor.signs for factor in signs):
             return None
         s, r = (factor.compact(mean.dtype) for factor in signs)
         found.append(_from_source(SignedMatrix(mean, term.base, s, r), term.source))

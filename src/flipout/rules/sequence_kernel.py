@@ -22,8 +22,10 @@ from torch import Tensor
 from flipout.modes import composed, transformed
 from flipout.rules import sequence_loops as loops
 from flipout.rules.onednn import favours_rows, product
+from flipout.rules.products import base_product
 from flipout.rules.sequence import Cell, Steps, unroll
 from flipout.rules.sequence_loops import Hidden, SignedMatrix, numbers
+from flipout.signs import flip_by_
 
 __all__ = ["SignedMatrix", "signed_sequence"]
 
@@ -38,6 +40,7 @@ def signed_sequence(
     bias_h: Tensor | None,
     input: SignedMatrix,
     hidden: SignedMatrix,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one direction of one recurrent layer.
 
@@ -50,20 +53,23 @@ def signed_sequence(
         bias_h: bias of the hidden part; only a GRU tells it from ``bias_x``, others take None.
         input: the input matrix.
         hidden: the recurrent matrix.
+        dtype: of the products with ΔW, or None for that of ``x``.
 
     Returns:
         Hidden states ``[total, hidden]``, the last ones ``[B, hidden]`` and an LSTM's last cell states.
     """
     tensors = (x, h0, c0, bias_x, bias_h, *input, *hidden)
     if transformed():
-        return _compose(cell, steps, *tensors)
+        return _compose(cell, steps, dtype, *tensors)
     if composed(*tensors):
-        return _forward(cell, steps, *tensors)[:3]
-    result: tuple[Tensor, Tensor, Tensor | None] = _SignedSequence.apply(cell, steps, *tensors)  # type: ignore[no-untyped-call]
+        return _forward(cell, steps, dtype, *tensors)[:3]
+    result: tuple[Tensor, Tensor, Tensor | None] = _SignedSequence.apply(  # type: ignore[no-untyped-call]
+        cell, steps, dtype, *tensors
+    )
     return result
 
 
-def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _compose(cell: Cell, steps: Steps, dtype: torch.dtype | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same in plain operations."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, hidden = (matrix.differentiable() for matrix in _matrices(tensors))
@@ -73,12 +79,22 @@ def _compose(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
         if matrix.base is not None and matrix.s is not None and matrix.r is not None:
             out, width = matrix.mean.shape
             s, r = numbers(matrix.s, width, x.dtype), numbers(matrix.r, out, x.dtype)
-            y = y + of_rows(r) * ((of_rows(s) * x) @ matrix.base.t())
+            z = _based(steps, of_rows(s) * x, matrix.base, dtype, differentiable=True)
+            y = y + of_rows(r) * z.to(y.dtype)
         return y if bias is None else y + (bias if bias.dim() == 1 else of_rows(bias))
 
     index = steps.index(x.device)
     gates = signed(x, input, lambda rows: rows.index_select(0, index), bias_x)
     return unroll(cell, steps, gates, h0, c0, lambda h: signed(h, hidden, lambda rows: rows[: len(h)], bias_h))
+
+
+def _based(steps: Steps, x: Tensor, base: Tensor, dtype: torch.dtype | None, differentiable: bool = False) -> Tensor:
+    """X ΔWᵀ in ``dtype``, for the rows of one step or of all."""
+    if dtype is not None:
+        x, base = x.to(dtype), base.to(dtype)
+    if base.dim() == 2:
+        return x @ base.t() if differentiable else product(x, base)
+    return base_product(x.view(len(x) // steps.rows, steps.rows, 1, x.shape[1]), base).flatten(0, 2)
 
 
 def _matrices(tensors: Any) -> tuple[SignedMatrix, SignedMatrix]:
@@ -127,6 +143,14 @@ class _Rows:
         view.add_(spread)
         return buffer
 
+    def signed(self, buffer: Tensor, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """:meth:`scaled` by signs, in ``dtype`` if that is not None."""
+        if dtype is None:
+            return self.scaled(buffer, values)
+        low = buffer.to(dtype)
+        flip_by_(*self.pair(low, values))
+        return low
+
     def sum(self, buffer: Tensor, like: Tensor) -> Tensor:
         """The adjoint of :meth:`add_`: sums of ``[n]`` or of ``[B, n]``."""
         if like.dim() == 1:
@@ -136,12 +160,14 @@ class _Rows:
         return torch.zeros_like(like).index_add_(0, self.index, buffer)
 
 
-def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+def _forward(
+    cell: Cell, steps: Steps, dtype: torch.dtype | None, *tensors: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Output, last hidden and cell state; then what backward needs: the activated gates, and two more buffers of the cell."""
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, recurrent = _matrices(tensors)
-    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps)
-    gates = _input_products(rows, x, bias_x, input)
+    rows, hidden = _Rows(steps, x.device), Hidden(recurrent, steps, dtype=dtype)
+    gates = _input_products(rows, x, bias_x, input, dtype)
     if cell is Cell.LSTM:
         output, cells, bent = loops.lstm(steps, gates, h0, c0, hidden)
         return output, steps.final(output).clone(), steps.final(cells).clone(), gates, cells, bent
@@ -152,12 +178,12 @@ def _forward(cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, T
     return output, steps.final(output).clone(), None, output, None, None
 
 
-def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix) -> Tensor:
+def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedMatrix, dtype: torch.dtype | None) -> Tensor:
     mean, base, s, r, *_ = matrix
     if base is None or s is None or r is None:
         gates = product(x, mean)
         return gates if bias is None else rows.add_(gates, bias)
-    gates = product(rows.scaled(x, numbers(s, x.shape[1], x.dtype)), base)
+    gates = _based(rows.steps, rows.signed(x, numbers(s, x.shape[1], x.dtype), dtype), base, dtype).to(x.dtype)
     rows.scale_(gates, numbers(r, len(mean), x.dtype))
     if bias is not None:
         rows.add_(gates, bias)
@@ -166,9 +192,11 @@ def _input_products(rows: _Rows, x: Tensor, bias: Tensor | None, matrix: SignedM
 
 class _SignedSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, steps: Steps, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        output, h, c, gates, *more = _forward(cell, steps, *tensors)
-        ctx.cell, ctx.steps = cell, steps
+    def forward(
+        ctx: Any, cell: Cell, steps: Steps, dtype: torch.dtype | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        output, h, c, gates, *more = _forward(cell, steps, dtype, *tensors)
+        ctx.cell, ctx.steps, ctx.dtype = cell, steps, dtype
         kept = [*tensors[:5], *(part for matrix in _matrices(tensors) for part in matrix.kept())]
         # the caller may write into its output: an LSTM's follows from its gates, others keep one of their own
         own = None if cell is Cell.LSTM else output
@@ -179,20 +207,24 @@ class _SignedSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, output, gates, second, third = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            found = _differentiable(ctx.cell, ctx.steps, tensors, needs, grads)
+            found = _differentiable(ctx.cell, ctx.steps, ctx.dtype, tensors, needs, grads)
         else:
-            found = _backward(ctx.cell, ctx.steps, tensors, needs, grads, output, gates, second, third)
-        return None, None, *found
+            found = _backward(ctx.cell, ctx.steps, ctx.dtype, tensors, needs, grads, output, gates, second, third)
+        return None, None, None, *found
 
 
-def _differentiable(cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any) -> list[Tensor | None]:
+def _differentiable(
+    cell: Cell, steps: Steps, dtype: torch.dtype | None, tensors: Any, needs: Any, grads: Any
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again: the sequence once more, in operations that torch differentiates twice."""
     # of aliases, so that a gradient does not also take the way through another operand that was computed from this one
     tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    outputs = [(y, g) for y, g in zip(_compose(cell, steps, *tensors), grads, strict=True) if y is not None and g is not None]
+    outputs = [
+        (y, g) for y, g in zip(_compose(cell, steps, dtype, *tensors), grads, strict=True) if y is not None and g is not None
+    ]
     if not outputs:
         return [None] * len(needs)
     ys, gs = zip(*outputs, strict=True)
@@ -206,8 +238,8 @@ class _Slopes:
     A copy laid out by gates is kept where weight gradients Dᵀ X come faster from it.
     """
 
-    def __init__(self, rows: _Rows, buffer: Tensor, *operands: Tensor) -> None:
-        self.rows, self.buffer = rows, buffer
+    def __init__(self, rows: _Rows, buffer: Tensor, dtype: torch.dtype | None, *operands: Tensor) -> None:
+        self.rows, self.buffer, self.dtype = rows, buffer, dtype
         self.turned = buffer.t().contiguous() if all(favours_rows(buffer, x) for x in operands) else None
         self._signs: Tensor | None = None  # of the copy
 
@@ -247,14 +279,33 @@ class _Slopes:
         if s is None or r is None or not (of_base or of_log_std or (of_mean and unit is not None)):
             return found
         s, r = numbers(s, mean.shape[1], x.dtype), numbers(r, len(mean), x.dtype)
-        slope = self.weight(self.rows.scaled(x, s), r)
+        assert base is not None
+        slope = self._of_base(x, s, r, base)
         if unit is not None and found[0] is not None:
-            found[0].addcmul_(slope, unit)
-        elif log_std is not None and base is not None:
-            found[5] = slope.mul_(base)
+            if unit.dim() == 2:
+                found[0].addcmul_(slope, unit)
+            else:
+                found[0].add_(slope.mul_(unit).sum(0))
+        elif log_std is not None:
+            found[5] = slope.mul_(base) if base.dim() == 2 else slope.mul_(base).sum(0)
         else:
             found[1] = slope
         return found
+
+    def _of_base(self, x: Tensor, s: Tensor, r: Tensor, base: Tensor) -> Tensor:
+        """(R ∘ D)ᵀ (S ∘ X), for each group of sequences where they have bases of their own."""
+        signed = self.rows.signed(x, s, self.dtype)
+        if self.dtype is None and base.dim() == 2:
+            return self.weight(signed, r)
+        slopes = self.rows.signed(self.buffer, r, self.dtype)
+        if base.dim() == 2:
+            return torch.mm(slopes.t(), signed).to(x.dtype)
+        steps, groups = self.rows.steps, len(base)
+        of_gates, of_inputs = (
+            t.view(len(t) // steps.rows, groups, -1, t.shape[1]).transpose(0, 1).reshape(groups, -1, t.shape[1])
+            for t in (slopes, signed)
+        )
+        return torch.bmm(of_gates.mT, of_inputs).to(x.dtype)
 
     def input(self, matrix: SignedMatrix) -> Tensor:
         """The gradient of the inputs, D W̄ + S ∘ ((R ∘ D) ΔW). D is used up."""
@@ -262,12 +313,22 @@ class _Slopes:
         gx = product(self.buffer, mean.t())
         if base is not None and s is not None and r is not None:
             self.rows.scale_(self.buffer, numbers(r, len(mean), gx.dtype))
-            self.rows.add_scaled_(gx, product(self.buffer, base.t()), numbers(s, mean.shape[1], gx.dtype))
+            z = _based(self.rows.steps, self.buffer, base.mT, self.dtype)
+            self.rows.add_scaled_(gx, z, numbers(s, mean.shape[1], gx.dtype))
         return gx
 
 
 def _backward(
-    cell: Cell, steps: Steps, tensors: Any, needs: Any, grads: Any, output: Any, gates: Tensor, second: Tensor, third: Tensor
+    cell: Cell,
+    steps: Steps,
+    dtype: torch.dtype | None,
+    tensors: Any,
+    needs: Any,
+    grads: Any,
+    output: Any,
+    gates: Tensor,
+    second: Tensor,
+    third: Tensor,
 ) -> list[Tensor | None]:
     x, h0, c0, bias_x, bias_h = tensors[:5]
     input, recurrent = (matrix.restored() for matrix in _matrices(tensors))
@@ -275,7 +336,7 @@ def _backward(
     pieces = None if gy is None else gy.split(steps.sizes)
     dh = torch.zeros_like(h0) if gh is None else gh.clone(memory_format=torch.contiguous_format)
     dc = None if c0 is None else torch.zeros_like(c0) if gc is None else gc.clone(memory_format=torch.contiguous_format)
-    hidden, rows = Hidden(recurrent, steps, adjoint=True), _Rows(steps, x.device)
+    hidden, rows = Hidden(recurrent, steps, adjoint=True, dtype=dtype), _Rows(steps, x.device)
     found: list[Tensor | None] = [None] * len(needs)
     if cell is Cell.GRU:
         d, d_candidate = loops.gru_backward(steps, pieces, dh, h0, output, gates, second, hidden)
@@ -288,7 +349,7 @@ def _backward(
     if needs[4]:
         found[4] = rows.sum(d, bias_h)
     middle, previous = 5 + len(SignedMatrix._fields), steps.previous(output, h0)
-    slopes = _Slopes(rows, d, x, previous)
+    slopes = _Slopes(rows, d, dtype, x, previous)
     found[middle:] = slopes.matrix(previous, recurrent, needs[middle:])
     if d_candidate is not None:  # the input part of a GRU's candidate is not behind its reset gate
         slopes.replace_(2 * h0.shape[1], d_candidate)

@@ -36,7 +36,8 @@ class SignedMatrix(NamedTuple):
 
     Attributes:
         mean: W̄ ``[out, in]``.
-        base: ΔW ``[out, in]``, or None where the matrix is not perturbed.
+        base: ΔW ``[out, in]``, or ``[K, out, in]`` for K groups of sequences, one after the other; None where the matrix is not
+            perturbed.
         s: signs of the inputs, packed bits or numbers, one row a sequence.
         r: signs of the outputs, likewise.
         unit: ε, where ``base`` is ε ∘ W̄ and has no gradient of its own: it goes to the mean.
@@ -73,20 +74,26 @@ def numbers(signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 class Hidden:
-    """The recurrent pair of products at one step, or its adjoint, in buffers that all steps share."""
+    """The recurrent pair of products at one step, or its adjoint, in buffers that all steps share.
 
-    def __init__(self, matrix: SignedMatrix, steps: Steps, adjoint: bool = False) -> None:
+    Args:
+        dtype: of the product with ΔW, or None for that of the mean.
+    """
+
+    def __init__(self, matrix: SignedMatrix, steps: Steps, adjoint: bool = False, dtype: torch.dtype | None = None) -> None:
         mean, base, s, r, *_ = matrix
         if adjoint:
-            mean, base, s, r = mean.t(), None if base is None else base.t(), r, s
+            mean, base, s, r = mean.t(), None if base is None else base.mT, r, s
         out, width = mean.shape
         rows, times = steps.rows, len(steps.sizes)
         self._mean, self._of_mean = mean.t(), stepwise(mean, rows, times)
         self._perturbed = base is not None
         if base is not None and s is not None and r is not None:
-            self._base, self._of_base = base.t(), stepwise(base, rows, times)
+            base = base if dtype is None else base.to(dtype)
+            self._groups = len(base) if base.dim() == 3 else 0
+            self._base, self._of_base = base.mT, None if self._groups else stepwise(base, rows, times)
             self._signs = numbers(s, width, mean.dtype), numbers(r, out, mean.dtype)
-            self._buffers = mean.new_empty(rows, width), mean.new_empty(rows, out)
+            self._buffers = base.new_empty(rows, width), base.new_empty(rows, out)
         self._size = -1
 
     def __call__(self, out: Tensor, x: Tensor, y: Tensor | None = None) -> None:
@@ -101,10 +108,15 @@ class Hidden:
                 self._cut = [t[: self._size] for t in (*self._signs, *self._buffers)]
             s, r, signed, z = self._cut
             torch.mul(x, s, out=signed)
-            z = torch.mm(signed, self._base, out=z) if self._of_base is None else self._of_base(signed)
-            torch.addcmul(y, z, r, out=out)
+            torch.addcmul(y, self._noise(signed, z), r, out=out)
         elif y is not out:
             out.copy_(y)
+
+    def _noise(self, signed: Tensor, z: Tensor) -> Tensor:
+        if self._groups:
+            torch.bmm(*(signed.unflatten(0, (self._groups, -1)), self._base), out=z.unflatten(0, (self._groups, -1)))
+            return z
+        return torch.mm(signed, self._base, out=z) if self._of_base is None else self._of_base(signed)
 
 
 def _walk(steps: Steps, buffer: Tensor) -> list[tuple[int, Tensor]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from flipout.errors import BatchError, UnsupportedNoiseError
@@ -60,9 +59,11 @@ class Batch:
         owner, members = self.owner, weight.batch.members or 0
         if owner is not None:
             owner = owner.to(weight.mean_weight.device)
-        if owner is None and members != self.rows:
-            owner = torch.arange(members, device=weight.mean_weight.device).repeat_interleave(self.rows // max(members, 1))
-        terms = weight.terms if owner is None else tuple(term.members(owner) for term in weight.terms)
+            terms = tuple(term.members(owner) for term in weight.terms)
+        elif members == self.rows:
+            terms = weight.terms
+        else:
+            terms = tuple(term.repeated(self.rows // max(members, 1)) for term in weight.terms)
         return PerturbedWeight(weight.mean_weight, terms, Layout(self.rows, self.rows, 0), weight.origin)
 
 

@@ -312,4 +312,4 @@ def _padded(term: Term, piece: PerturbedWeight, dim: int, margins: tuple[int, in
         margin = [0, 0] * (len(factor.sizes) - 1 - at) + [before, after]
         values = torch.nn.functional.pad(values, margin)
         factors.append(Factor(values.flatten(1), factor.axes, tuple(values.shape[1:]), packed=False))
-    return Term(base, tuple(factors), term.per_member)
+    return term.over(base, tuple(factors))

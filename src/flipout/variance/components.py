@@ -25,12 +25,13 @@ from flipout.buffers import batch_statistics
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, Shared
 from flipout.gradients import LossFunction, SampleBatch, gradient_pair, rows_at_once
-from flipout.moments import Estimate, estimate_mean
+from flipout.intervals import Estimate, estimate_mean
 from flipout.perturb import Perturbed
+from flipout.storage.blocks import BlockFile
+from flipout.variance.identity import describe_net
 from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, check_parts, require_finite
 from flipout.variance.sampling import check_loss
-from flipout.variance.saving import BlockFile, describe_net
-from flipout.variance.tables import table
+from flipout.variance.variance_table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,20 +90,25 @@ class VarianceComponents:
             name: estimate_mean(column, self.confidence) for name, column in zip(("alpha", "beta", "gamma"), columns, strict=True)
         }
 
-    def predict(self, estimator: str, batch_size: int, names: Iterable[str] | None = None) -> Estimate:
+    def predict(self, estimator: str, batch_size: int, names: Iterable[str] | None = None, *, bases: int = 1) -> Estimate:
         """The variance that Eq. 10-12 give for ``"independent"``, ``"shared"`` or ``"flipout"`` at a batch size.
 
+        With K bases two examples of flipout share one with probability (N/K - 1)/(N - 1), and (1 - 1/N) γ becomes (1/K - 1/N) γ.
         Linear in the components, hence unbiased; the interval comes from the blocks, so it knows how their errors go together.
 
         Raises:
-            ArgumentError: for another estimator, or a wrong batch size.
+            ArgumentError: for another estimator, a wrong batch size, or bases that do not divide it.
         """
         shared_part = {"independent": (0, 0), "shared": (1, 1), "flipout": (0, 1)}
         if estimator not in shared_part:
             raise ArgumentError(f"Theorem 2 says nothing of {estimator!r}: choose {', '.join(shared_part)}")
         n = require_count("batch_size", batch_size, 1)
+        k = require_count("bases", bases, 1)
+        if n % k:
+            raise ArgumentError(f"bases={k} does not divide batch_size={n}")
         b, c = shared_part[estimator]
-        values = [alpha / n + (1 - 1 / n) * (b * beta + c * gamma) for alpha, beta, gamma in self._sums(names)]
+        pairs = 1 / k - 1 / n if estimator == "flipout" else 1 - 1 / n
+        values = [alpha / n + (1 - 1 / n) * b * beta + pairs * c * gamma for alpha, beta, gamma in self._sums(names)]
         return estimate_mean(values, self.confidence)
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,9 +147,12 @@ class VarianceComponents:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.plots import draw_predictions
+        from flipout.variance.curve_plot import plot_predictions
 
-        return draw_predictions(self, batch_sizes, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        names = ("shared", "flipout", "independent")
+        predicted = {name: [self.predict(name, n, chosen) for n in batch_sizes] for name in names}
+        return plot_predictions(predicted, batch_sizes, axes)
 
     def _sums(self, names: Iterable[str] | None) -> list[tuple[float, ...]]:
         """(α, β, γ) of each block, summed over the names."""

@@ -13,14 +13,15 @@ from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator
 from flipout.gradients import LossFunction, SampleBatch, rows_at_once
-from flipout.moments import Estimate, combine, log_log_slope, ratio
+from flipout.intervals import Estimate, combine, log_log_slope, ratio
 from flipout.perturb import Perturbed
-from flipout.variance.estimators import named_estimators
+from flipout.storage.blocks import BlockFile
+from flipout.variance.identity import describe_net
 from flipout.variance.measure import Parts, block_sizes, check_net, check_parts, measured, point
+from flipout.variance.named import named_estimators
 from flipout.variance.results import EstimatorVariance
 from flipout.variance.sampling import check_loss
-from flipout.variance.saving import BlockFile, describe_net
-from flipout.variance.tables import table
+from flipout.variance.variance_table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,9 +132,10 @@ class VarianceCurve:
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.plots import draw_curve
+        from flipout.variance.curve_plot import plot_curves
 
-        return draw_curve(self, None if names is None else list(names), axes)
+        chosen = None if names is None else list(names)
+        return plot_curves({name: (self.batch_sizes(name), self.values(name, chosen)) for name in self.points}, axes)
 
     def _curve(self, estimator: str) -> tuple[EstimatorVariance, ...]:
         if estimator not in self.points:
@@ -161,11 +163,12 @@ def variance_curve(
     seed: int = 0,
     checkpoint: Path | str | None = None,
     on_draw: Callable[[], None] | None = None,
+    of: str = "mean",
 ) -> VarianceCurve:
     """The variance of the gradient at several batch sizes: at each what :func:`flipout.variance.gradient_variance` gives.
 
     Args:
-        net, loss_fn, sample_batch, estimators, repeats, parts, confidence, micro_batch, seed: as there.
+        net, loss_fn, sample_batch, estimators, repeats, parts, confidence, micro_batch, seed, of: as there.
         batch_sizes: N, each once.
         draws: gradients at each point; or by the estimator's name, one number or one for each batch size.
         checkpoint: a file for the finished blocks of draws. If it is there the measurement goes on from it, with the same result
@@ -189,7 +192,7 @@ def variance_curve(
     """
     check_net(net, seed, confidence)
     sizes = _checked_sizes(batch_sizes)
-    parts = check_parts(net, parts)
+    parts = check_parts(net, parts, of)
     named = named_estimators(estimators)
     counts = {name: _counts(draws, name, len(sizes)) for name in named}
     if isinstance(draws, Mapping) and set(draws) - set(named):
@@ -207,6 +210,7 @@ def variance_curve(
         "parts": {name: [parameter, str(rows)] for name, (parameter, rows) in parts.items()},
         "micro_batch": micro_batch,
         "seed": seed,
+        **({} if of == "mean" else {"of": of}),
         **describe_net(net),
     }
     saved = BlockFile(None if checkpoint is None else Path(checkpoint), question)
@@ -220,7 +224,7 @@ def variance_curve(
                 for _ in range(sum(blocks_of[:done]) if on_draw is not None else 0):
                     on_draw()  # type: ignore[misc]
                 rows = rows_at_once(net, size, micro_batch)
-                for block in measured(net, loss_fn, sample_batch, size, rows, blocks_of, seed, parts, on_draw, done):
+                for block in measured(net, loss_fn, sample_batch, size, rows, blocks_of, seed, parts, on_draw, done, of):
                     saved.add(key, block)
                 found.append(point(net, name, size, count, saved.of(key), parts, confidence, "parameter"))
         points[name] = tuple(found)

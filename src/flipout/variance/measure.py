@@ -10,10 +10,10 @@ from torch import Tensor
 from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator
-from flipout.gradients import LossFunction, SampleBatch, gradient, rows_at_once
+from flipout.gradients import LossFunction, SampleBatch, differentiated, gradient, rows_at_once
 from flipout.moments import Moments
 from flipout.perturb import Perturbed
-from flipout.variance.estimators import named_estimators
+from flipout.variance.named import named_estimators
 from flipout.variance.results import EstimatorVariance, GradientVariance, require_grouping
 from flipout.variance.sampling import check_loss
 
@@ -40,8 +40,9 @@ def gradient_variance(
     micro_batch: int | None = None,
     seed: int = 0,
     on_draw: Callable[[], None] | None = None,
+    of: str = "mean",
 ) -> GradientVariance:
-    """The variance of the gradient of the mean weights over fresh batches and fresh noise, for each estimator.
+    """The variance of the gradient over fresh batches and fresh noise, for each estimator.
 
         Σ_i Var(G_i),      G = (1/N) Σ_n ∇_W̄ L(x_n, W_n)
 
@@ -66,6 +67,8 @@ def gradient_variance(
             None runs the batch whole, except under Independent, whose dense weights it bounds.
         seed: of all batches and draws. Every draw has its own stream, and estimators meet the same batches.
         on_draw: called after each draw, for a progress bar.
+        of: of what the gradient is: ``"mean"``, the mean weights; ``"log_std"``, the learnable scales, (1/N) Σ_n ΔW_n ∘ g_n; or
+            ``"curvature"``, that over σ², which estimates the diagonal of the Hessian (:class:`flipout.bayes.IVON`).
 
     Returns:
         A mapping from the estimator's name to its :class:`EstimatorVariance`.
@@ -89,7 +92,7 @@ def gradient_variance(
     check_net(net, seed, confidence)
     require_count("batch_size", batch_size, 1)
     require_grouping(by)
-    parts = check_parts(net, parts)
+    parts = check_parts(net, parts, of)
     sizes = block_sizes(draws, repeats)
     named = named_estimators(estimators)
     check_loss(net, loss_fn, sample_batch, seed)
@@ -97,7 +100,7 @@ def gradient_variance(
     for name, estimator in named.items():
         with net.using(estimator):
             rows = rows_at_once(net, batch_size, micro_batch)
-            blocks = list(measured(net, loss_fn, sample_batch, batch_size, rows, sizes, seed, parts, on_draw))
+            blocks = list(measured(net, loss_fn, sample_batch, batch_size, rows, sizes, seed, parts, on_draw, of=of))
         found[name] = point(net, name, batch_size, draws, blocks, parts, confidence, by)
     return GradientVariance(found)
 
@@ -113,13 +116,14 @@ def measured(
     parts: Parts,
     on_draw: Callable[[], None] | None,
     done: int = 0,
+    of: str = "mean",
 ) -> Iterator[Block]:
     """The blocks one by one, but for the first ``done``, under the net's own estimator. Every draw has a stream of its own."""
     for i in range(done, len(sizes)):
         first = sum(sizes[:i])
         moments = Moments()
         for index in range(first, first + sizes[i]):
-            drawn = gradient(net, loss_fn, sample_batch, batch_size, rows, seed, (batch_size, index))
+            drawn = gradient(net, loss_fn, sample_batch, batch_size, rows, seed, (batch_size, index), of)
             moments.add(add_parts(drawn, parts))
             if on_draw is not None:
                 on_draw()
@@ -169,9 +173,9 @@ def check_net(net: Perturbed, seed: int, confidence: float) -> None:
         raise ArgumentError(f"confidence={confidence!r}: expected a probability, 0 < confidence < 1")
 
 
-def check_parts(net: Perturbed, parts: Parts | None) -> Parts:
+def check_parts(net: Perturbed, parts: Parts | None, of: str = "mean") -> Parts:
     """The parts, if each is rows of a parameter that has a gradient; else raises ArgumentError."""
-    parameters = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
+    parameters = differentiated(net, of)
     for name, (parameter, rows) in (parts or {}).items():
         if parameter not in parameters or name in parameters:
             raise ArgumentError(f"part {name!r} of {parameter!r}: expected a new name and one of {', '.join(parameters)}")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from flipout.errors import ArgumentError
-from flipout.moments import Estimate, estimate_mean, ratio
-from flipout.variance.tables import table
+from flipout.intervals import Estimate, estimate_mean, ratio
+from flipout.variance.variance_table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,9 +178,9 @@ class GradientVariance(Mapping[str, EstimatorVariance]):
         Raises:
             ArgumentError: if matplotlib is not installed.
         """
-        from flipout.variance.plots import draw_groups
+        from flipout.variance.curve_plot import plot_groups
 
-        return draw_groups(self, axes)
+        return plot_groups({name: each.groups for name, each in self.items()}, axes)
 
     def __repr__(self) -> str:
         return f"GradientVariance({', '.join(f'{name}={found.total}' for name, found in self.items())})"

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from flipout.buffers import kept_buffers
 from flipout.errors import ArgumentError
-from flipout.gradients import LossFunction, SampleBatch, stream
+from flipout.gradients import LossFunction, SampleBatch
 from flipout.perturb import Perturbed
+from flipout.streams import stream
 
 __all__ = ["check_loss", "without_replacement"]
 

@@ -1,7 +1,0 @@
-"""One self-contained HTML page from run folders: figures, tables, settings, and what did and did not reproduce."""
-
-from __future__ import annotations
-
-from flipout.report.page import write_report
-
-__all__ = ["write_report"]

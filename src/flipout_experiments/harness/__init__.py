@@ -1,0 +1,1 @@
+"""Run folders, checkpoints, metrics, locks, claims: what every experiment needs and none has of its own."""

@@ -1,0 +1,1 @@
+"""The networks of the paper, and their training before a measurement."""

@@ -1,0 +1,1 @@
+"""The figures and tables of the paper, one module or package each."""
