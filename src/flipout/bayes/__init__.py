@@ -8,6 +8,7 @@ The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a
 
 from typing import Any
 
+from flipout.bayes.adapters import fixed_noise, random_adapters
 from flipout.bayes.curvature import DiagonalHessian, diagonal_hessian
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
 from flipout.bayes.ivon import IVON
@@ -36,6 +37,7 @@ __all__ = [
     "cyclical_annealing",
     "diagonal_hessian",
     "elbo_loss",
+    "fixed_noise",
     "from_pretrained",
     "gaussian_nll",
     "joint_log_likelihood",
@@ -48,6 +50,7 @@ __all__ = [
     "plot_band",
     "plot_reliability",
     "predict",
+    "random_adapters",
     "require_finite",
     "sample_outputs",
 ]
