@@ -39,6 +39,7 @@ HANDED_OUT = {"flipout.Draw", "flipout.PerturbedWeight", "flipout.evolution.Memb
 INTERNAL = {
     "flipout.Draw": {"as_it_was", "carrier", "carriers", "layout", "samples", "sites", "slot_weights", "stays_in_this_thread"},
     "flipout.Estimator": {"check", "resample", "sample"},
+    "flipout.Flipout": {"groups"},
     "flipout.Noise": {"sourced"},
     "flipout.Perturbed": {"sites"},
     "flipout.PerturbedWeight": {"at", "for_tokens", "map", "moved", "replace", "require_drawn", "rows_in"},

@@ -7,17 +7,21 @@ follows it here serves reinforcement learning, exploration, saving, and machines
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flipout.evolution.characters import character_tokenizer
 from flipout.evolution.checkpoint import load_checkpoint, save_checkpoint
 from flipout.evolution.exploration import ParameterNoise, noisy
 from flipout.evolution.language import TokenReward
 from flipout.evolution.members import Members
 from flipout.evolution.observations import ObservationNormalizer
 from flipout.evolution.strategy import EvolutionStrategy
+from flipout.evolution.text import TextRewards
+from flipout.evolution.zeroth_order import ZerothOrder
 from flipout.renamed import renamed
 
 if TYPE_CHECKING:
     from flipout.evolution.ray import RayWorkers
     from flipout.evolution.rollouts import Rollouts
+    from flipout.evolution.trainer import ZerothOrderTrainer
 
 __all__ = [
     "EvolutionStrategy",
@@ -27,6 +31,10 @@ __all__ = [
     "RayWorkers",
     "Rollouts",
     "TokenReward",
+    "TextRewards",
+    "ZerothOrder",
+    "ZerothOrderTrainer",
+    "character_tokenizer",
     "load_checkpoint",
     "noisy",
     "save_checkpoint",
@@ -36,6 +44,7 @@ __all__ = [
 _OPTIONAL = {
     "Rollouts": ("flipout.evolution.rollouts", "gymnasium", "rl"),
     "RayWorkers": ("flipout.evolution.ray", "ray", "ray"),
+    "ZerothOrderTrainer": ("flipout.evolution.trainer", "transformers", "loops"),
 }
 
 

@@ -31,6 +31,7 @@ class Members(Draw):
         generation: which.
         start: the first member's index in the population.
         count: how many there are.
+        paired: whether members 2p and 2p + 1 are an antithetic pair.
         seeds: int64 ``[count]`` on the CPU, below 2³¹; equal for the two members of an antithetic pair, so that what an evaluation
             draws from them (an episode's start, a unit's noise) does not tell one from the other.
 
@@ -47,6 +48,7 @@ class Members(Draw):
 
     def __init__(self, net: Perturbed, directions: Directions, samples: Sequence[Sample]) -> None:
         each = 1 + directions.paired
+        self.paired = directions.paired
         self.generation = directions.generation
         self.start = each * directions.start
         self.count = each * (directions.stop - directions.start)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flipout.arguments import require_count
 from flipout.draw import Draw
-from flipout.errors import ArgumentError
-from flipout.estimators import Estimator, Independent
+from flipout.errors import ArgumentError, UnsupportedNoiseError
+from flipout.estimators import Estimator, Flipout, Independent, LowRank
 from flipout.evolution.counters import Counters
 from flipout.evolution.members import Members
 from flipout.evolution.noise import Directions, Law
+from flipout.noise import Gaussian, Rademacher
 from flipout.perturb import Perturbed
 from flipout.samples import Target
 
-__all__ = ["Population", "require_members"]
+__all__ = ["Population", "perturbed_net", "require_members"]
 
 #: Members evaluated at once where no chunk is given, and entries of dense members' weights.
 _CHUNK, _DENSE = 4096, 2**24
@@ -117,6 +118,36 @@ class Population:
 
     def _targets(self) -> list[Target]:
         return [Target(site.name, site.mean, site.noise, site.axes, site.matrix) for site in self.net.sites]
+
+
+def perturbed_net(
+    module: nn.Module,
+    base: str,
+    estimator: Estimator,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    batch_dim: int,
+    fallback: str | None,
+) -> Perturbed:
+    """The module with unit noise of a base law on its trained parameters.
+
+    Raises:
+        ArgumentError: for another law.
+        UnsupportedNoiseError: for an estimator that has no members.
+    """
+    laws = {"rademacher": Rademacher(1.0), "gaussian": Gaussian(1.0)}
+    if base not in laws:
+        raise ArgumentError(f'base={base!r}: choose "rademacher" or "gaussian"')
+    if not isinstance(estimator, (Flipout, LowRank, Independent)) or not estimator.has_members:
+        raise UnsupportedNoiseError(
+            f"estimator={estimator!r}: members of a population need weights of their own; choose Flipout(), LowRank(rank) or "
+            "Independent()"
+        )
+    if isinstance(estimator, Flipout) and estimator.bases > 1:
+        raise ArgumentError(f"{estimator}: the bases of a population are counted by its members; pass members_per_base=N/K")
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad] if isinstance(module, nn.Module) else []
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    return Perturbed(module, laws[base], estimator, include, [*exclude, *frozen], batch_dim, fallback=fallback)
 
 
 def require_members(name: str, value: Any, least: int, each: int) -> int:

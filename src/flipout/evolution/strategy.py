@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from flipout.arguments import require_count
 from flipout.buffers import kept_buffers
-from flipout.errors import ArgumentError, DrawError, MemberError, UnsupportedNoiseError
-from flipout.estimators import Estimator, Flipout, Independent, LowRank
+from flipout.errors import ArgumentError, DrawError, MemberError
+from flipout.estimators import Estimator, Flipout
 from flipout.evolution.counters import Counters
-from flipout.evolution.fitness import require_finite, require_fitness, require_kept, shaped
+from flipout.evolution.fitness import require_fitness, require_kept, shaped, with_finite_fitness
 from flipout.evolution.members import Members
-from flipout.evolution.population import Population, require_members
+from flipout.evolution.population import Population, perturbed_net, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
 from flipout.evolution.statistics import BatchGuard
 from flipout.in_place import in_place
-from flipout.noise import Gaussian, Rademacher
-from flipout.perturb import Perturbed
 from flipout.sharded import sharded_as
 
 __all__ = ["Evaluate", "EvolutionStrategy", "Std"]
@@ -103,16 +101,7 @@ class EvolutionStrategy:
         batch_dim: int = 0,
         fallback: str | None = None,
     ) -> None:
-        laws = {"rademacher": Rademacher(1.0), "gaussian": Gaussian(1.0)}
-        if base not in laws:
-            raise ArgumentError(f'base={base!r}: choose "rademacher" or "gaussian"')
-        if not isinstance(estimator, (Flipout, LowRank, Independent)) or not estimator.has_members:
-            raise UnsupportedNoiseError(
-                f"estimator={estimator!r}: members of a population need weights of their own; choose Flipout(), LowRank(rank) or "
-                "Independent()"
-            )
-        if isinstance(estimator, Flipout) and estimator.bases > 1:
-            raise ArgumentError(f"{estimator}: the bases of a population are counted by its members; pass members_per_base=N/K")
+        self._net = perturbed_net(module, base, estimator, include, exclude, batch_dim, fallback)
         if on_nan not in ("error", "worst"):
             raise ArgumentError(f'on_nan={on_nan!r}: choose "error" or "worst"')
         each = 2 if antithetic else 1
@@ -124,9 +113,6 @@ class EvolutionStrategy:
         self._schedule = std
         self._std_at(0)
         self._shaping = find_shaping(fitness_shaping)
-        frozen = [name for name, p in module.named_parameters() if not p.requires_grad] if isinstance(module, nn.Module) else []
-        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self._net = Perturbed(module, laws[base], estimator, include, [*exclude, *frozen], batch_dim, fallback=fallback)
         per_base = self.population if members_per_base is None else members_per_base
         self._population = Population(self._net, base, self.population, per_base, antithetic, Counters(seed))
         self.chunk = self._population.at_once() if chunk is None else require_members("chunk", chunk, 1, each)
@@ -233,7 +219,7 @@ class EvolutionStrategy:
             raise DrawError(f"tell() {when}: evaluate members of generation {self.generation} first, or call step(evaluate)")
         raw = require_fitness(fitness, self.population, "the fitness").cpu()
         keep = require_kept(kept, self.population, self._population.each)
-        found = require_finite(raw[keep], keep.nonzero().flatten(), self.on_nan)
+        found = with_finite_fitness(raw[keep], keep.nonzero().flatten(), self.on_nan)
         weights = torch.zeros_like(raw)
         weights[keep] = shaped(self._shaping, found, self.generation)
         scale = -1 / (int(keep.sum()) * self.std**2)
