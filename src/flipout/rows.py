@@ -282,6 +282,20 @@ class Layout:
         fact = self.tracker.consult(x)
         return NONE if fact is BATCH else fact
 
+    def settled(self, x: Tensor) -> Rows | None:
+        """Where the rows of a matrix stand, if they are known to be its first axis, one for each member in their order.
+
+        The short way of :meth:`where`. It notes nothing for a second run, so it answers None where one may follow.
+        """
+        tracker = self.tracker
+        if tracker is None or self.place is not None or self.owner is not None or tracker.logs or tracker.replay is not None:
+            return None
+        fact = tracker.find(x)
+        if type(fact) is not Rows or fact.axis or fact.inner != 1 or not fact.blocks or fact.count != self.members:
+            return None
+        tracker.landed = fact
+        return fact
+
     def constant(self, x: Tensor) -> bool:
         """Whether an operand is known to be the same whatever the rows are: a parameter, a buffer, positions."""
         return self.place is None and self.tracker is not None and self.tracker.consult(x) is NONE

@@ -73,6 +73,10 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
 @rule(F.linear, Flipout, LowRank, bases=True)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
+    if type(weight) is PerturbedWeight and input.dim() == 2 and (place := weight.batch.settled(input)) is not None:
+        fused = _fused(input, weight, bias, place)
+        if fused is not None:
+            return _add_bias(fused[0], fused[1], place)
     if is_constant(input, weight, bias):
         return of_constant(F.linear, input, weight, bias)
     if input.dim() == 1 and (row := _of_one_row(input, weight, bias)) is not None:
