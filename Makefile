@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage bench lint docs release-check matrix clean
+.PHONY: demo test coverage bench gpu lint docs release-check matrix clean
 
 demo: $(VENV)/.ready-experiments
 	$(BIN)/flipout demo
@@ -32,6 +32,11 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/pip install --quiet --no-deps bayesian-torch==0.5.0
 	$(BIN)/pip install --quiet --constraint constraints.txt evotorch==0.6.1 evosax==0.3.2
 	$(BIN)/python -m benchmarks
+
+# On a machine with CUDA, under a python that has torch and numpy, without a network: laws, speed, and slices of the paper, in at most
+# twenty minutes. The same command goes on after a kill; `flipout report runs/gpu` shows the folder, here or elsewhere.
+gpu:
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --device cuda --minutes 20 --out runs/gpu $(GPU_OPTIONS)
 
 # The wheel in a fresh environment, its dependencies resolved by pip.
 release-check: $(VENV)/.ready-dev

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.harness import MIN_ROUNDS, PATIENCE
 from benchmarks.report import Section
 
-NAMES = ["linear", "conv", "memory", "overhead", "imports", "compiled", "recurrent", "attention", "language", "evolution"]
+NAMES = ["linear", "conv", "memory", "overhead", "imports", "compiled", "recurrent", "below", "attention", "language", "evolution"]
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimiser = bayes.IVON(
-            self, lr=0.1, effective_sample_size=self.examples, betas=(0.9, 1 - 1e-3), hess_init=0.1, weight_decay=1e-3
+            self, lr=2.0, effective_sample_size=self.examples, betas=(0.9, 0.999), hess_init=0.1, weight_decay=1e-3
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,8 +1,8 @@
 """Train for an analog chip, test on many: ``python examples/noisy_chips.py``.
 
-Each chip programs the weights with errors of its own, N(0, (f · largest weight of the output)²). A net is trained without noise,
-with one noisy weight a batch (shared), and with one for each example (flipout), for equal steps and for equal processor time,
-and asked about test images on 64 chips.
+Each chip programs the weights with errors of its own, N(0, (f · largest weight of the output)²). A net is trained
+without noise, with one noisy weight a batch (shared), and with one for each example (flipout), for equal steps and
+for equal processor time, and asked about test images on 64 chips.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def chips(net: flipout.Perturbed, data, count: int, seed: int) -> torch.Tensor:
     right = torch.zeros(count)
     net.eval()
     with net.using(flipout.Independent()), net.hold(members=count, generator=torch.Generator().manual_seed(seed)):
-        for images, labels in zip(data.inputs.split(250), data.labels.split(250), strict=True):
+        for images, labels in zip(data[0].split(250), data[1].split(250), strict=True):
             answers = net(images.repeat(count, 1, 1, 1)).argmax(1).view(count, -1)
             right += (answers == labels).sum(1)
-    return right / len(data)
+    return right / len(data[1])
 
 
 def main() -> None:
@@ -57,10 +57,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--chips", type=int, default=64)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--data-dir", type=Path, default=None)
     options = parser.parse_args()
     data = mnist(data_dir=options.data_dir, download=False)
     print(data.source)
+    test = data.test.inputs[: options.test_images], data.test.labels[: options.test_images]
     for fraction in options.fractions:
         for seed in range(options.seeds):
             seconds = None
@@ -71,11 +73,11 @@ def main() -> None:
                     limits = (options.steps, None) if budget == "equal steps" else (None, seconds)
                     net, steps, used = train(kind, fraction, data.train, *limits, options.batch, seed)
                     seconds = used if seconds is None else seconds
-                    found = chips(net, data.test, options.chips, 1000 + seed)
+                    found = chips(net, test, options.chips, 1000 + seed)
                     print(
-                        f"error {fraction:g} of the largest weight, seed {seed}, {budget:11s} {kind:8s} "
-                        f"{steps:6d} steps {used:5.1f} s: "
-                        f"{options.chips} chips have accuracy {float(found.mean()):.4f}, the worst {float(found.min()):.4f}",
+                        f"error {fraction:g} of the largest weight, seed {seed}, {budget:11s} {kind:8s} {steps:6d} steps "
+                        f"{used:5.1f} s: {options.chips} chips have accuracy {float(found.mean()):.4f}, "
+                        f"the worst {float(found.min()):.4f}",
                         flush=True,
                     )
 

@@ -39,9 +39,10 @@ HANDED_OUT = {"flipout.Draw", "flipout.PerturbedWeight", "flipout.evolution.Memb
 INTERNAL = {
     "flipout.Draw": {"as_it_was", "carrier", "carriers", "layout", "samples", "sites", "slot_weights", "stays_in_this_thread"},
     "flipout.Estimator": {"check", "resample", "sample"},
+    "flipout.Flipout": {"groups"},
     "flipout.Noise": {"sourced"},
     "flipout.Perturbed": {"sites"},
-    "flipout.PerturbedWeight": {"at", "for_tokens", "map", "moved", "replace", "require_drawn", "rows_in"},
+    "flipout.PerturbedWeight": {"at", "for_tokens", "map", "moved", "replace", "require_drawn", "rows_in", "with_rows"},
     "flipout.evolution.EvolutionStrategy": {"evaluated_elsewhere"},
     "flipout.regularize.Regularized": {"drawing"},
 }

@@ -23,7 +23,7 @@ from flipout.in_place import perturbed
 from flipout.noise import DropConnect, Gaussian, MultiplicativeGaussian, Noise, Rademacher
 from flipout.perturb import Perturbed
 from flipout.registry import rule
-from flipout.verify import Report, verify
+from flipout.verification import Report, verify
 from flipout.weight import PerturbedWeight
 
 __version__ = "0.1.0"

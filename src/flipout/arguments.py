@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from flipout.errors import ArgumentError
 
-__all__ = ["broadcasts", "require_count"]
+__all__ = ["broadcasts", "is_count", "require_count"]
+
+
+def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is an integer of at least ``least``; a boolean is none.
+
+    Example:
+        >>> is_count(3), is_count(True), is_count(3.0), is_count(0)
+        (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def require_count(name: str, value: Any, least: int) -> int:
@@ -22,7 +32,7 @@ def require_count(name: str, value: Any, least: int) -> int:
         >>> require_count("draws", 3, 2)
         3
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")
     return value
 

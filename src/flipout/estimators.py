@@ -14,7 +14,7 @@ from dataclasses import InitVar, dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from flipout.arguments import require_count
+from flipout.arguments import is_count, require_count
 from flipout.errors import ArgumentError, BatchError, UnsupportedNoiseError
 from flipout.noise import Gaussian, Noise
 from flipout.samples import Sample, Target
@@ -192,7 +192,7 @@ class Flipout(Estimator):
         own = [target.signs() if target.matrix is None else [] for target in targets]
         counts = [math.prod(sizes) for places in own for _, sizes in places]
         if members is None:
-            return [tuple([Factor(None, axes, sizes) for axes, sizes in target.signs()]) for target in targets]
+            return [tuple([Factor.per_token(axes, sizes) for axes, sizes in target.signs()]) for target in targets]
         mean, packed = targets[0].mean, members * sum(counts) > _FEW_SIGNS
         if packed:
             values = iter(draw_bits(members, counts, generator=generator, device=mean.device))
@@ -285,13 +285,9 @@ class LocalReparameterization(Estimator):
         return [
             _independent(target, members or 0, generator)
             if target.mean.dim() < 2 or (target.mean.dim() > 2 and target.mean.shape[0] == 1)  # vectors, positions [1, L, d]
-            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device), ((_UNDRAWN,),))
+            else Sample(torch.ones((), dtype=target.mean.dtype, device=target.mean.device), ((Factor.of_result(),),))
             for target in targets
         ]
-
-
-#: Marks a term whose base is the scale of a noise that the operation draws on its result; it has no weights to list.
-_UNDRAWN = Factor(None, (), ())
 
 
 @dataclass(frozen=True)
@@ -322,7 +318,7 @@ class LowRank(Estimator):
     rank: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not is_count(self.rank):
             raise ArgumentError(f"LowRank(rank={self.rank!r}): rank is a positive integer")
 
     def check(self, noise: Noise, name: str) -> None:

@@ -21,14 +21,15 @@ class Factor:
     """What multiplies a base per member, along some axes of the weight.
 
     Attributes:
-        values: ``[N, prod(sizes)]`` numbers, or as many signs packed to uint8 bits; None for signs that each operation
-            draws afresh, one row a token.
+        values: ``[N, prod(sizes)]`` numbers, or as many signs packed to uint8 bits; None where there are none yet
+            (:meth:`per_token`) or never will be (:meth:`of_result`).
         axes: the axes of the weight that it varies along, in the order in which ``values`` is laid out.
         sizes: the weight's size along each of ``axes``.
         packed: whether ``values`` holds bits.
         signs: whether numbers are known to be -1 and +1, as bits always are.
         repeat: rows of ``values`` that are known to be equal, one group after the other (2 for antithetic pairs); 1 where nothing
             is known.
+        in_result: whether this is :meth:`of_result`.
     """
 
     values: Tensor | None
@@ -37,6 +38,17 @@ class Factor:
     packed: bool = True
     signs: bool = False
     repeat: int = 1
+    in_result: bool = False
+
+    @classmethod
+    def per_token(cls, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Factor:
+        """Signs that each operation draws afresh, one row a token."""
+        return cls(None, axes, sizes)
+
+    @classmethod
+    def of_result(cls) -> Factor:
+        """Marks a term whose base is the scale of a noise that the operation draws on its result: it has no weights to list."""
+        return cls(None, (), (), in_result=True)
 
     @property
     def count(self) -> int:
@@ -145,6 +157,29 @@ class Term:
         if self.groups is None:
             return self.base
         return self.base.index_select(0, self.groups.of(self.base.shape[0], self.base.device))
+
+    def by_axis(self, ndim: int) -> list[Factor | None] | None:
+        """The one factor along each axis of a weight; None where one spans no axis or several, or two share one."""
+        found: list[Factor | None] = [None] * ndim
+        for factor in self.factors:
+            if len(factor.axes) != 1 or factor.axes[0] >= ndim or found[factor.axes[0]] is not None:
+                return None
+            found[factor.axes[0]] = factor
+        return found
+
+    def sides(self, ndim: int, dtype: torch.dtype) -> list[Tensor | None] | None:
+        """The numbers ``[N, size]`` along each axis of a weight, factors along one axis multiplied; None where one spans several.
+
+        A factor along no axis, which is one number a member, counts to the first.
+        """
+        found: list[Tensor | None] = [None] * ndim
+        for factor in self.factors:
+            if len(factor.axes) > 1:
+                return None
+            axis, values = (factor.axes or (0,))[0], factor.flat(dtype)
+            held = found[axis]
+            found[axis] = values if held is None else held * values
+        return found
 
     def over(self, base: Tensor, factors: tuple[Factor, ...] | None = None) -> Term:
         """The term with another base, of the same members, and other factors where given."""

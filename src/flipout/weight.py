@@ -92,6 +92,10 @@ class PerturbedWeight(torch.Tensor):
         cast = tuple(term if term.base.dtype == mean.dtype else term.map(lambda base: base.to(mean.dtype)) for term in terms)
         return PerturbedWeight(mean, cast, self.batch, self.origin)
 
+    def with_rows(self, layout: Layout, terms: tuple[Term, ...] | None = None) -> PerturbedWeight:
+        """The same weight for other rows, with the terms of their members where these are others."""
+        return PerturbedWeight(self.mean_weight, self.terms if terms is None else terms, layout, self.origin)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> PerturbedWeight:
         """The carrier with a linear function of each entry applied."""
         return self.replace(function(self.mean_weight), [term.map(function) for term in self.terms])
@@ -128,10 +132,10 @@ class PerturbedWeight(torch.Tensor):
         index = layout.index(place)
         if index is None:
             there = Layout(layout.members, size, place.axis, place=Rows(place.axis, size))
-            return PerturbedWeight(self.mean_weight, self.terms, there, self.origin)
+            return self.with_rows(there)
         index = index.to(self.mean_weight.device)
         there = Layout(len(index), len(index), place.axis, place=Rows(place.axis, len(index)))
-        return PerturbedWeight(self.mean_weight, tuple(term.members(index) for term in self.terms), there, self.origin)
+        return self.with_rows(there, tuple(term.members(index) for term in self.terms))
 
     def dense(self) -> Tensor:
         """The weights of all members, ``[N, *shape]``; costs N times the weight's memory."""
@@ -146,7 +150,7 @@ class PerturbedWeight(torch.Tensor):
     @property
     def drawn(self) -> bool:
         """Whether the members have weights; not where an estimator draws the noise of a result in place of a weight's."""
-        return self.batch.members is None or all(f.values is not None for term in self.terms for f in term.factors)
+        return not any(f.in_result for term in self.terms for f in term.factors)
 
     def require_drawn(self, what: str) -> None:
         """Raises UnsupportedNoiseError if ``what`` needs weights that the estimator does not draw."""
@@ -178,7 +182,7 @@ class PerturbedWeight(torch.Tensor):
                 bits = draw_bits(rows, [factor.count for factor in term.factors], generator=generator, device=device)
             factors = [replace(factor, values=b, packed=True, repeat=1) for factor, b in zip(term.factors, bits, strict=True)]
             terms.append(term.over(term.base, tuple(factors)))
-        return PerturbedWeight(self.mean_weight, tuple(terms), Layout(rows, rows, 0), self.origin)
+        return self.with_rows(Layout(rows, rows, 0), tuple(terms))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -224,13 +228,17 @@ class PerturbedWeight(torch.Tensor):
         carrier = next((a for a in args if type(a) is PerturbedWeight), None)
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
-        found = find_rule(func, type(carrier.origin.estimator))
+        estimator = carrier.origin.estimator
+        several = getattr(estimator, "bases", 1) > 1
+        found = find_rule(func, type(estimator), several)
         if "out" in kwargs and not getattr(found, "takes_out", False):
             if kwargs["out"] is not None:
                 raise missing_rule(func, carrier, args, _OUT, loops=False)
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if found is None:
-            return unruled(func, args, kwargs, missing_rule(func, carrier, args))
+            alone = several and find_rule(func, type(estimator)) is not None
+            why = "its rule reads one base perturbation, and there are several (write it with bases=True)" if alone else ""
+            return unruled(func, args, kwargs, missing_rule(func, carrier, args, why))
         try:
             return found(*args, **kwargs)
         except MissingRuleError as error:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Inputs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
+
+#: Laws that a case may be exempt from; all others hold for every case.
+LAWS = {
+    "second derivatives": "are those of the oracle",
+    "finite differences": "are the gradient",
+    "theory": "the variance of an affine output is σ² times the squared norm of its gradient; else Independent is the judge",
+    "low rank": "LowRank serves it, and its output has the noise's variance",
+}
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,7 @@ class Case:
         exclude: parameters left alone.
         affine: whether the output is jointly affine in the perturbed parameters.
         local: whether LocalReparameterization serves it; where it does not it must refuse.
-        low_rank: whether LowRank serves it.
-        twice: whether torch can differentiate the plain module twice.
-        smooth: whether its gradient is its derivative (not through detach() and padding).
+        exempt: laws that the case cannot be held to, by their names in :data:`LAWS`, each with the reason.
     """
 
     name: str
@@ -36,9 +42,16 @@ class Case:
     exclude: tuple[str, ...] = ()
     affine: bool = True
     local: bool = False
-    low_rank: bool = True
-    twice: bool = True
-    smooth: bool = True
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [law for law, why in self.exempt.items() if law not in LAWS or not why]
+        assert not unknown, f"{self.name} is exempt from {unknown}: there are {', '.join(LAWS)}, and each wants a reason"
+
+    def held_to(self, law: str) -> bool:
+        """Whether a law of :data:`LAWS` is put to the case."""
+        assert law in LAWS, law
+        return law not in self.exempt
 
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The module in evaluation mode, with no parameter at a special value."""

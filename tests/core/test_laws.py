@@ -49,7 +49,7 @@ def test_derivatives_equal_the_oracles(case: Case, estimator: str) -> None:
     x = [v.requires_grad_(v.is_floating_point()) for v in case.draw_inputs(2 * MEMBERS)]
     wanted: list[Any] = [*net.parameters(), *(v for v in x if v.requires_grad)]
     with net.hold(MEMBERS) as draw:
-        ours, theirs = (_derivatives(y, wanted, case.twice) for y in (net(*x), oracle(net, draw, x)))
+        ours, theirs = (_derivatives(y, wanted, case.held_to("second derivatives")) for y in (net(*x), oracle(net, draw, x)))
     for a, b in zip(ours, theirs, strict=True):
         assert distance(a, b) <= EXACT * max(1.0, b.abs().max().item())
 
@@ -174,8 +174,8 @@ CURVATURE = {"linear", "linear_no_bias", "mlp", "conv2d", "conv_transpose1d", "b
 
 @every_case
 def test_gradients_match_finite_differences(case: Case) -> None:
-    if not case.smooth:
-        pytest.skip("its gradient is by design not its derivative")
+    if not case.held_to("finite differences"):
+        pytest.skip(case.exempt["finite differences"])
     net = wrap(case, flipout.Gaussian(0.3, relative=True, learnable=True), flipout.Flipout())
     x = [v.requires_grad_(v.is_floating_point()) for v in case.draw_inputs(MEMBERS)]
     tensors = [*net.parameters(), *(v for v in x if v.requires_grad)]

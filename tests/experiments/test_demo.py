@@ -11,6 +11,7 @@ import flipout
 from flipout_experiments.harness.environment import describe_environment, find_device
 from flipout_experiments.nets.networks import FullyConnected
 from flipout_experiments.paper.demo import DemoSettings, run_demo, save_result
+from flipout_experiments.report import write_report
 
 SMALL = DemoSettings(
     batch_sizes=(1, 4, 16), shared_draws=12, flipout_draws=12, training_steps=3, training_batch=8, accuracy=0.6, independent_pairs=2
@@ -113,3 +114,14 @@ def test_a_device_that_is_not_there(name):
 
 def test_environment_is_plain_json():
     assert json.loads(json.dumps(describe_environment(torch.device("cpu"))))["device"] == "cpu"
+
+
+def test_the_report_takes_the_folder_of_a_demonstration(result, tmp_path):
+    """Also where a second demonstration replaced the first."""
+    for _ in range(2):
+        save_result(result, tmp_path / "demo")
+    finished, unfinished = write_report([tmp_path], tmp_path / "report.html")
+    assert (len(finished), unfinished) == (1, [])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image/svg+xml" in page
+    assert "shared_draws" in page

@@ -1,4 +1,4 @@
-"""Where the rows stand after an operation, told by the handlers of following.py and judged by what each entry depends on.
+"""Where the rows stand after an operation, told by the handlers of following and judged by what each entry depends on.
 
 The law: where a handler says that entry i of an axis is of row n, changing all other rows leaves that entry as it was. It
 may say that

@@ -40,7 +40,7 @@ def _require_the_oracles(net: flipout.Perturbed, case: Case) -> None:
         with net.hold(MEMBERS) as draw:
             y, expected = net(*x), oracle(net, draw, x)
             assert distance(y, expected) <= EXACT * max(1.0, expected.abs().max().item())
-            ours, theirs = (_derivatives(value, wanted, case.twice) for value in (y, expected))
+            ours, theirs = (_derivatives(value, wanted, case.held_to("second derivatives")) for value in (y, expected))
         for a, b in zip(ours, theirs, strict=True):
             assert distance(a, b) <= EXACT * max(1.0, b.abs().max().item())
 
@@ -63,7 +63,7 @@ def test_closed_forms_need_no_loop(case: Case, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["flipout", "low_rank", "independent"])
-@pytest.mark.parametrize("case", [case for case in CLOSED if not case.twice], ids=str)
+@pytest.mark.parametrize("case", [case for case in CLOSED if not case.held_to("second derivatives")], ids=str)
 def test_second_derivatives_match_finite_differences_where_torchs_do_not(case: Case, estimator: str) -> None:
     net = wrap(case, LISTED[estimator], None)
     (x,) = case.draw_inputs(MEMBERS)

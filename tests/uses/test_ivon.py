@@ -89,11 +89,11 @@ def test_finds_the_posterior_of_a_linear_model(estimator):
     net = flipout.Perturbed(layer, flipout.Gaussian(0.1, learnable=True), estimator, generator=g)
     optimiser = ivon(net, effective_sample_size=512, betas=(0.9, 0.99), weight_decay=0.1, lr=0.2)
     means, variances = [], []
-    for step in range(900):
+    for step in range(600):
         optimiser.zero_grad()
         (0.5 * F.mse_loss(net(x), y)).backward()
         optimiser.step()
-        if step >= 200:
+        if step >= 150:
             means.append(layer.weight.detach().clone())
             variances.append(net.scales["weight"].detach().mul(2).exp())
     precision = x.square().mean(0) + 0.1

@@ -8,10 +8,12 @@ The posterior of a weight is the law of W̄ + ΔW that its noise describes. So a
 
 from typing import Any
 
+from flipout.bayes.adapters import fixed_noise, random_adapters
 from flipout.bayes.curvature import DiagonalHessian, diagonal_hessian
 from flipout.bayes.elbo import Elbo, elbo_loss, require_finite
 from flipout.bayes.ivon import IVON
 from flipout.bayes.kl import kl_by_parameter, kl_divergence
+from flipout.bayes.likelihood import gaussian_nll, joint_log_likelihood
 from flipout.bayes.metrics import accuracy, brier_score, calibration_error, negative_log_likelihood, ood_auroc
 from flipout.bayes.plots import plot_band, plot_reliability
 from flipout.bayes.posterior import from_pretrained
@@ -35,7 +37,10 @@ __all__ = [
     "cyclical_annealing",
     "diagonal_hessian",
     "elbo_loss",
+    "fixed_noise",
     "from_pretrained",
+    "gaussian_nll",
+    "joint_log_likelihood",
     "kl_by_parameter",
     "kl_divergence",
     "linear_annealing",
@@ -45,6 +50,7 @@ __all__ = [
     "plot_band",
     "plot_reliability",
     "predict",
+    "random_adapters",
     "require_finite",
     "sample_outputs",
 ]

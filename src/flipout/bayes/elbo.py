@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.arguments import is_count
 from flipout.bayes.posterior import require_net
 from flipout.errors import ArgumentError, NotFiniteError
 from flipout.perturb import Perturbed
@@ -61,7 +62,7 @@ def elbo_loss(nll: Tensor, kl: Tensor | float, dataset_size: int | None = None, 
         >>> float(found.loss), float(found.nll), float(found.kl)
         (5.0, 2.0, 3.0)
     """
-    if isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
+    if not is_count(dataset_size):
         raise ArgumentError(
             f"elbo_loss(dataset_size={dataset_size!r}): expected the number of training examples, by which the KL is divided once; "
             "it is len(dataset), not the size of a batch"

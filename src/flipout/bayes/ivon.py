@@ -146,7 +146,7 @@ class IVON(Optimizer):
             The mean loss of the closure's calls, or None.
 
         Raises:
-            ArgumentError: for options out of range, a gradient that is sparse, or none that can be used; DrawError where a mean has
+            ArgumentError: for options out of range or a sparse gradient; DrawError where a mean has
                 a gradient and its scale has none, so that the loss was computed without noise, or where scales were moved by
                 another optimiser. Nothing is changed then.
         """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal
 
+from flipout.arguments import is_count
 from flipout.bayes.curvature import DiagonalHessian
 from flipout.distributions import FromDistribution
 from flipout.errors import ArgumentError
@@ -150,7 +151,7 @@ def _scale_of(site: Site, relative_std: float, floor: float) -> Tensor:
 
 
 def _laplace_scale(site: Site, curvature: Mapping[str, Tensor] | None, dataset_size: int | None, prior_precision: float) -> Tensor:
-    if curvature is None or isinstance(dataset_size, bool) or not isinstance(dataset_size, int) or dataset_size < 1:
+    if curvature is None or not is_count(dataset_size):
         raise ArgumentError(
             f"from_pretrained(dataset_size={dataset_size!r}): curvature is that of the mean loss, so it takes the number of "
             "training examples with it: give both, curvature= and dataset_size="

@@ -80,6 +80,7 @@ class Regression:
         mean: ``[N, ...]``.
         variance: ``[N, ...]``, between members (unbiased), and that of the observations if it was given.
         samples: ``[samples, N, ...]``, each member's own outputs, or None.
+        noise: variance of the observations: as it was given, or each member's own ``[samples, N, ...]`` (Gaussian heads).
 
     Example:
         >>> found = Regression.of(torch.tensor([[[1.0]], [[3.0]]]), noise_variance=2.0)
@@ -90,6 +91,7 @@ class Regression:
     mean: Tensor
     variance: Tensor
     samples: Tensor | None = None
+    noise: float | Tensor = 0.0
 
     @property
     def std(self) -> Tensor:
@@ -112,7 +114,26 @@ class Regression:
             raise ArgumentError("expected the outputs of each member, [samples, N, ...]")
         _require_variance(noise_variance, outputs[0])
         between = outputs.var(0) if len(outputs) > 1 else torch.zeros_like(outputs[0])
-        return cls(outputs.mean(0), between + noise_variance, outputs if keep else None)
+        return cls(outputs.mean(0), between + noise_variance, outputs if keep else None, noise_variance)
+
+    @classmethod
+    def of_gaussians(cls, outputs: Tensor, keep: bool = True) -> Regression:
+        """From members with Gaussian heads: outputs ``[samples, N, 2 D]``, D means and then D log-variances of the observations.
+
+        Raises:
+            ArgumentError: if the last dimension is odd, or there is no member.
+
+        Example:
+            >>> found = Regression.of_gaussians(torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]]))
+            >>> found.mean, found.variance  # 2 between the members, 1 of the observations
+            (tensor([[2.]]), tensor([[3.]]))
+        """
+        if not isinstance(outputs, Tensor) or outputs.dim() < 3 or outputs.shape[-1] % 2:
+            found = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ArgumentError(f"a Gaussian head returns [N, 2 D], D means and then D log-variances; found {found}")
+        means, log_variances = outputs.chunk(2, -1)
+        plain, noise = cls.of(means), log_variances.exp()
+        return cls(plain.mean, plain.variance + noise.mean(0), means if keep else None, noise if keep else noise.mean(0))
 
 
 Prediction = Classification | Regression
@@ -156,7 +177,8 @@ def predict(
         net: with its noise.
         x: a batch.
         samples: S.
-        task: ``"classification"``, where the net returns logits ``[N, ..., classes]``, or ``"regression"``.
+        task: ``"classification"``, where the net returns logits ``[N, ..., classes]``, ``"regression"``, or ``"gaussian"``, a
+            regression where it returns means and log-variances ``[N, 2 D]`` (:func:`flipout.bayes.gaussian_nll`).
         noise_variance: of the observations, to be added to the variance in a regression.
         generator: of the draws; None for the net's own.
         keep_samples: whether the result has every member's output.
@@ -180,11 +202,13 @@ def predict(
         >>> predict(net, torch.ones(2, 4), task="regression").variance.shape
         torch.Size([2, 3])
     """
-    if task not in ("classification", "regression"):
-        raise ArgumentError(f"predict(task={task!r}): choose 'classification' or 'regression'")
+    if task not in ("classification", "regression", "gaussian"):
+        raise ArgumentError(f"predict(task={task!r}): choose 'classification', 'regression' or 'gaussian'")
     outputs = sample_outputs(net, x, samples, generator=generator, at_once=at_once)
     if task == "regression":
         return Regression.of(outputs, noise_variance, keep_samples)
+    if task == "gaussian":
+        return Regression.of_gaussians(outputs, keep_samples)
     if outputs.dim() < 3 or outputs.shape[-1] < 2:
         raise ArgumentError(
             f"predict: the net returned {tuple(outputs.shape[1:])} for a batch of {x.shape[net.batch_dim]}; classification takes "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from flipout.arguments import require_count
 from flipout.errors import ArgumentError
 
 __all__ = ["cyclical_annealing", "linear_annealing", "minibatch_weight"]
@@ -19,8 +18,8 @@ def linear_annealing(step: int, steps: int, start: float = 0.0) -> float:
         >>> [linear_annealing(step, 4) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
-    _require("step", step, 0)
-    _require("steps", steps, 1)
+    require_count("step", step, 0)
+    require_count("steps", steps, 1)
     if not isinstance(start, int | float) or not 0.0 <= start <= 1.0:
         raise ArgumentError(f"start={start!r}: expected a temperature from 0 to 1")
     return start + (1.0 - start) * min(step / steps, 1.0)
@@ -36,8 +35,8 @@ def cyclical_annealing(step: int, period: int, rising: float = 0.5) -> float:
         >>> [cyclical_annealing(step, 4) for step in range(6)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
     """
-    _require("step", step, 0)
-    _require("period", period, 1)
+    require_count("step", step, 0)
+    require_count("period", period, 1)
     if not isinstance(rising, int | float) or not 0.0 < rising <= 1.0:
         raise ArgumentError(f"rising={rising!r}: expected a part of the period, more than 0 and at most 1")
     return min((step % period) / (rising * period), 1.0)
@@ -61,13 +60,8 @@ def minibatch_weight(batch: int, batches: int) -> float:
         >>> [minibatch_weight(i, 2) for i in range(2)]
         [1.3333333333333333, 0.6666666666666666]
     """
-    _require("batches", batches, 1)
-    _require("batch", batch, 0)
+    require_count("batches", batches, 1)
+    require_count("batch", batch, 0)
     if batch >= batches:
         raise ArgumentError(f"batch={batch}: batches are counted from 0 to {batches - 1}")
     return batches * 0.5 ** (batch + 1) / (1.0 - 0.5**batches)
-
-
-def _require(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flipout.arguments import is_count
 from flipout.errors import ArgumentError
 from flipout.evolution.counters import Counters, Place
 
@@ -33,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.temperature, bool) or not 0 <= self.temperature < float("inf"):
             raise ArgumentError(f"temperature={self.temperature!r}: 0 for the likeliest token, or a positive number")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and not is_count(self.top_k):
             raise ArgumentError(f"top_k={self.top_k!r}: expected a number of tokens of at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ArgumentError(f"top_p={self.top_p!r}: expected a probability above 0, at most 1, or None")

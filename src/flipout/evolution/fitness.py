@@ -10,7 +10,7 @@ from torch import Tensor
 from flipout.errors import ArgumentError
 from flipout.evolution.shaping import Shaping
 
-__all__ = ["require_finite", "require_fitness", "require_kept", "shaped"]
+__all__ = ["with_finite_fitness", "require_fitness", "require_kept", "shaped"]
 
 
 def require_fitness(fitness: object, count: int, what: str) -> Tensor:
@@ -51,7 +51,7 @@ def require_kept(kept: Tensor | None, population: int, each: int) -> Tensor:
     return kept
 
 
-def require_finite(fitness: Tensor, members: Tensor, on_nan: str) -> Tensor:
+def with_finite_fitness(fitness: Tensor, members: Tensor, on_nan: str) -> Tensor:
     """The fitness, where ``on_nan`` is ``"worst"`` with what is not finite replaced by the least that is.
 
     Args:

@@ -16,7 +16,7 @@ from flipout.buffers import kept_buffers
 from flipout.errors import ArgumentError, DrawError, MemberError
 from flipout.estimators import Estimator, Flipout
 from flipout.evolution.counters import Counters
-from flipout.evolution.fitness import require_finite, require_fitness, require_kept, shaped
+from flipout.evolution.fitness import require_fitness, require_kept, shaped, with_finite_fitness
 from flipout.evolution.members import Members
 from flipout.evolution.population import Population, perturbed_net, require_members
 from flipout.evolution.shaping import Shaping, find_shaping
@@ -219,7 +219,7 @@ class EvolutionStrategy:
             raise DrawError(f"tell() {when}: evaluate members of generation {self.generation} first, or call step(evaluate)")
         raw = require_fitness(fitness, self.population, "the fitness").cpu()
         keep = require_kept(kept, self.population, self._population.each)
-        found = require_finite(raw[keep], keep.nonzero().flatten(), self.on_nan)
+        found = with_finite_fitness(raw[keep], keep.nonzero().flatten(), self.on_nan)
         weights = torch.zeros_like(raw)
         weights[keep] = shaped(self._shaping, found, self.generation)
         scale = -1 / (int(keep.sum()) * self.std**2)

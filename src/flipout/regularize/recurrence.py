@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from flipout.cells import Cell, cell_step
 from flipout.errors import ArgumentError
 from flipout.regularize.masks import Dropout, bernoulli
 from flipout.regularize.methods import Method
 
-__all__ = ["Place", "check_layer", "run_layer"]
+__all__ = ["Ends", "check_layer", "run_layer"]
 
 _OPERATIONS: dict[str, Any] = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 
 State = tuple[Tensor, ...]
 
 
-class Place(NamedTuple):
+class Ends(NamedTuple):
     """Whether a layer is the first and the last of its model: what it reads and gives is then ``inputs`` and ``outputs``."""
 
     first: bool
@@ -39,7 +41,7 @@ def check_layer(name: str, layer: nn.RNNBase, method: Method) -> None:
 
 
 def run_layer(
-    layer: nn.RNNBase, place: Place, method: Method, active: bool, generator: torch.Generator | None, x: Any, hx: Any = None
+    layer: nn.RNNBase, ends: Ends, method: Method, active: bool, generator: torch.Generator | None, x: Any, hx: Any = None
 ) -> tuple[Tensor, Any]:
     """What ``layer(x, hx)`` returns, under a method.
 
@@ -78,7 +80,7 @@ def run_layer(
     directions = 2 if layer.bidirectional else 1
     run = _steps if method.recurrent else _native
     finals: list[State] = []
-    y = drop(x, method.inputs if place.first else None)
+    y = drop(x, method.inputs if ends.first else None)
     for k in range(layer.num_layers):
         if k:
             y = drop(y, method.between)
@@ -90,7 +92,7 @@ def run_layer(
             outputs.append(output)
             finals.append(tuple(final))
         y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-    y = drop(y, method.outputs if place.last else method.between)
+    y = drop(y, method.outputs if ends.last else method.between)
     last = tuple(torch.stack(each) for each in zip(*finals, strict=True))
     if single:
         y, last = y.squeeze(0 if layer.batch_first else 1), tuple(state.squeeze(1) for state in last)
@@ -134,7 +136,8 @@ def _steps(
     time = 1 if layer.batch_first else 0
     inputs = F.linear(x, w_ih, b_ih).unbind(time)
     steps, rows, units = len(inputs), x.shape[1 - time], layer.hidden_size
-    h, c = first[0], first[1] if layer.mode == "LSTM" else None
+    cell = Cell(layer.mode.lower())
+    h, c = first[0], first[1] if cell is Cell.LSTM else None
     kept = _mask(method.hidden if active else None, steps, rows, h.shape[1], x, generator)
     updated = _mask(method.update if active else None, steps, rows, units, x, generator)
     zoneout = method.zoneout
@@ -143,29 +146,12 @@ def _steps(
     outputs: list[Tensor] = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
         recurrent = F.linear(kept(t, h), w_hh, b_hh)
-        new_h, new_c = _cell(layer.mode, inputs[t], recurrent, h, c, lambda update, t=t: updated(t, update))  # type: ignore[misc]
+        new_h, new_c = cell_step(cell, inputs[t], recurrent, h, c, partial(updated, t))
         new_h = new_h if w_hr is None else F.linear(new_h, w_hr)
         h = zone_h(t, h, new_h)
         c = None if c is None or new_c is None else zone_c(t, c, new_c)
         outputs[t] = h
     return torch.stack(outputs, time), h, *([] if c is None else [c])
-
-
-def _cell(
-    mode: str, x: Tensor, recurrent: Tensor, h: Tensor, c: Tensor | None, updated: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell from what its inputs and its hidden state contribute to the gates."""
-    if mode == "GRU":
-        x_r, x_z, x_n = x.chunk(3, 1)
-        h_r, h_z, h_n = recurrent.chunk(3, 1)
-        z = torch.sigmoid(x_z + h_z)
-        return z * h + updated((1 - z) * torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)), None
-    gates = x + recurrent
-    if c is None:
-        return torch.tanh(gates) if mode == "RNN_TANH" else F.relu(gates), None
-    i, f, g, o = gates.chunk(4, 1)
-    c = torch.sigmoid(f) * c + updated(torch.sigmoid(i) * torch.tanh(g))
-    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def _mask(

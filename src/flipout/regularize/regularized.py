@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from flipout.arguments import is_count
 from flipout.errors import ArgumentError, BatchError
 from flipout.perturb import Perturbed
 from flipout.regularize.masks import Dropout, EmbeddingDropout
 from flipout.regularize.methods import Method
-from flipout.regularize.recurrence import Place, check_layer, run_layer
+from flipout.regularize.recurrence import Ends, check_layer, run_layer
 from flipout.regularize.replaced import current_forward, replaced
 from flipout.rows import rows_dim
 
@@ -123,7 +124,7 @@ class Regularized(nn.Module):
         last = len(self._layers) - 1
         sequences = _Sequences(self.batch_dim)
         for i, layer in enumerate(self._layers):
-            run = partial(run_layer, layer, Place(i == 0, i == last), self.method, active, generator)
+            run = partial(run_layer, layer, Ends(i == 0, i == last), self.method, active, generator)
             yield layer, partial(_recur, sequences, layer, run)
         if active and self.method.dropouts is not None:
             for part in self._dropouts:
@@ -178,7 +179,7 @@ class Regularized(nn.Module):
 
 def _batch_dim(module: nn.Module, method: Method, batch_dim: int | None) -> int:
     """The dimension that counts the sequences in the module's inputs."""
-    if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0):
+    if batch_dim is not None and not is_count(batch_dim, 0):
         raise ArgumentError(f"Regularized(batch_dim={batch_dim!r}): expected the index of a dimension, 0 or more")
     layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.RNNBase)}
     dims = {0 if layer.batch_first else 1 for layer in layers.values()}

@@ -39,7 +39,7 @@ def of_constant(operation: Any, x: Tensor, *weights: Any) -> PerturbedWeight:
     if members is None:
         raise missing_rule(operation, first, (x, *weights), "it stands where the data should")
     there = Layout(members, members, 0, place=Rows(0, members))
-    own = [PerturbedWeight(w.mean_weight, w.terms, there, w.origin) if isinstance(w, PerturbedWeight) else w for w in weights]
+    own = [w.with_rows(there) if isinstance(w, PerturbedWeight) else w for w in weights]
     if not isinstance(x, PerturbedWeight):
         for axis, (n, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):  # an expanded axis is computed once
             if n > 1 and step == 0:

@@ -91,7 +91,7 @@ def _as_linear(x: Tensor, weight: PerturbedWeight, equation: Equation) -> Tensor
     place = weight.batch.place
     if place is not None and data[place.axis] in kept:
         place = place._replace(axis=kept.index(data[place.axis]))
-        weight = PerturbedWeight(weight.mean_weight, weight.terms, weight.batch.at(place), weight.origin)
+        weight = weight.with_rows(weight.batch.at(place))
     elif place is not None:
         raise BatchError(
             f"einsum {equation} met {weight.origin.name!r} and sums over the rows of the batch, of whom each has its own weight"

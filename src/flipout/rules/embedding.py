@@ -179,11 +179,8 @@ def embedding_bag(
         return F.embedding(indices, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
     # every index becomes a row of its own, read under its bag's member
-    by_index = PerturbedWeight(
-        weight.mean_weight,
-        tuple(term.members(member) for term in weight.terms),
-        Layout(flat.numel(), flat.numel(), 0, place=Rows(0, flat.numel())),
-        weight.origin,
+    by_index = weight.with_rows(
+        Layout(flat.numel(), flat.numel(), 0, place=Rows(0, flat.numel())), tuple(term.members(member) for term in weight.terms)
     )
     y = lookup(flat, by_index, read)
     kept = (

@@ -49,14 +49,8 @@ def _of_one_row(x: Tensor, weight: Any, bias: Any) -> Tensor | None:
 
 def _split(term: Term, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None] | None:
     """The term's factors along the input and along the output axis of a matrix; None if one spans both."""
-    if not term.blocks or any(len(f.axes) > 1 for f in term.factors):
-        return None
-    sides: list[Tensor | None] = [None, None]
-    for f in term.factors:
-        value, axis = f.flat(dtype), f.axes[0] if f.axes else 0
-        held = sides[axis]
-        sides[axis] = value if held is None else held * value
-    return sides[1], sides[0]
+    sides = term.sides(2, dtype) if term.blocks else None
+    return None if sides is None else (sides[1], sides[0])
 
 
 def sign_factors(term: Term) -> tuple[Factor, Factor] | None:
@@ -64,12 +58,9 @@ def sign_factors(term: Term) -> tuple[Factor, Factor] | None:
 
     The base may be one for each group of members, ``[K, out, in]``.
     """
-    if not term.blocks or len(term.factors) != 2 or term.base.dim() != 2 + term.per_member:
-        return None
-    first, second = term.factors
-    if first.axes == (1,) and second.axes == (0,):
-        return first, second
-    return (second, first) if first.axes == (0,) and second.axes == (1,) else None
+    sides = term.by_axis(2) if term.blocks and term.base.dim() == 2 + term.per_member else None
+    r, s = sides or (None, None)
+    return None if s is None or r is None else (s, r)
 
 
 def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
@@ -79,7 +70,7 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
     return flat, drawn
 
 
-@rule(F.linear, Flipout, LowRank)
+@rule(F.linear, Flipout, LowRank, bases=True)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
     if is_constant(input, weight, bias):
@@ -381,8 +372,8 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
         )
     y = F.bilinear(x1, x2, weight.mean_weight)
     for term in weight.terms:
-        sides = [_product_on(axis, term, x1.dtype) for axis in range(3)]
-        if term.per_member or any(len(f.axes) > 1 for f in term.factors):
+        sides = None if term.per_member else term.sides(3, x1.dtype)
+        if sides is None:
             dense = term.dense(3).expand(-1, *weight.mean_weight.shape)
             y = y + torch.einsum("anti,noij,antj->anto", x1, dense, x2).to(y.dtype)
             continue
@@ -390,13 +381,3 @@ def _bilinear_drawn(input1: Tensor, input2: Tensor, weight: PerturbedWeight, bia
         z = F.bilinear(x1 if s is None else x1 * s, x2 if q is None else x2 * q, term.base.expand(weight.mean_weight.shape))
         y = y + (z if r is None else z * r)
     return _add_bias(y.view(*input1.shape[:-1], weight.shape[0]), bias, place)
-
-
-def _product_on(axis: int, term: Term, dtype: torch.dtype) -> Tensor | None:
-    """The factors along an axis; those along none, which are one number a member, count to the first."""
-    value: Tensor | None = None
-    for factor in term.factors:
-        if (factor.axes or (0,)) == (axis,):
-            flat = factor.flat(dtype)
-            value = flat if value is None else value * flat
-    return value

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flipout.cells import Cell, cell_step
 from flipout.errors import BatchError
 from flipout.estimators import Estimator
 from flipout.modes import autocast, autocasts, transformed
@@ -21,7 +22,7 @@ from flipout.noise import Source
 from flipout.precision import product_dtype
 from flipout.registry import rule
 from flipout.rules.linear import sign_factors
-from flipout.rules.sequence import Cell, Steps, cell_step, unroll
+from flipout.rules.sequence import Steps, unroll
 from flipout.rules.sequence_kernel import SignedMatrix, signed_sequence
 from flipout.rules.sequence_rows import (
     Batch,

@@ -46,13 +46,9 @@ def row_norms(weight: PerturbedWeight) -> Tensor:
 
 def _sided(term: Term, dtype: torch.dtype) -> tuple[Tensor, _Side, _Side] | None:
     """A term's base and its factors along the rows and along the columns of a matrix; None where there is more to it."""
-    if term.per_member or any(len(f.axes) > 1 for f in term.factors):
+    sides = None if term.per_member else term.sides(2, dtype)
+    if sides is None:
         return None
-    sides: list[_Side] = [None, None]
-    for factor in term.factors:
-        axis, values = (factor.axes or (0,))[0], factor.flat(dtype)
-        held = sides[axis]
-        sides[axis] = values if held is None else held * values
     return term.base, sides[0], sides[1]
 
 
@@ -105,7 +101,7 @@ def mv(input: Any, vec: Any) -> PerturbedWeight:
         )
     weight.require_drawn("a product with a constant")
     members = weight.batch.members
-    own = PerturbedWeight(weight.mean_weight, weight.terms, Layout(members, members, 0), weight.origin)
+    own = weight.with_rows(Layout(members, members, 0))
     values = F.linear(vector.expand(members, -1), own)
     mean = torch.mv(weight.mean_weight, vector)
     return weight.replace(mean, [Term(values - mean, per_member=True)])

@@ -9,28 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["Cell", "Steps", "cell_step", "unroll"]
+from flipout.cells import Cell, cell_step
 
-
-class Cell(Enum):
-    """A recurrent cell, with the number of its gates."""
-
-    LSTM = "lstm"
-    GRU = "gru"
-    TANH = "rnn_tanh"
-    RELU = "rnn_relu"
-
-    @property
-    def gates(self) -> int:
-        return {Cell.LSTM: 4, Cell.GRU: 3}.get(self, 1)
+__all__ = ["Steps", "unroll"]
 
 
 @dataclass(frozen=True)
@@ -100,35 +87,6 @@ class Steps:
         lengths = [sum(size > i for size in self.sizes) for i in range(B)]
         index = [self._starts[length - 1] + i for i, length in enumerate(lengths)]
         return values.index_select(0, torch.tensor(index, device=values.device))
-
-
-def cell_step(cell: Cell, x: Tensor, h: Tensor, state: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell, as the equations of :class:`torch.nn.LSTM`, ``GRU`` and ``RNN`` have it.
-
-    Args:
-        cell: which.
-        x: what the inputs contribute to the gates, with their bias, ``[b, gates·hidden]``.
-        h: what the hidden state contributes, with its bias.
-        state: the hidden state, ``[b, hidden]``, which a GRU mixes into the next.
-        c: an LSTM's cell state.
-
-    Returns:
-        The next hidden state (before any projection) and cell state.
-    """
-    if cell is Cell.GRU:
-        x_r, x_z, x_n = x.chunk(3, -1)
-        h_r, h_z, h_n = h.chunk(3, -1)
-        n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-        return n + torch.sigmoid(x_z + h_z) * (state - n), None
-    gates = x + h
-    if cell is Cell.TANH:
-        return torch.tanh(gates), None
-    if cell is Cell.RELU:
-        return F.relu(gates), None
-    assert c is not None
-    i, f, g, o = gates.chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def unroll(

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipout.cells import Cell
 from flipout.modes import composed, transformed
 from flipout.rules import sequence_loops as loops
 from flipout.rules.onednn import favours_rows, product
 from flipout.rules.products import base_product
-from flipout.rules.sequence import Cell, Steps, unroll
+from flipout.rules.sequence import Steps, unroll
 from flipout.rules.sequence_loops import Hidden, SignedMatrix, numbers
 from flipout.signs import flip_by_
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flipout.cells import Cell
 from flipout.rules.onednn import stepwise
-from flipout.rules.sequence import Cell, Steps
+from flipout.rules.sequence import Steps
 from flipout.signs import unpack
 
 __all__ = [

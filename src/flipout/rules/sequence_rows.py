@@ -64,7 +64,7 @@ class Batch:
             terms = weight.terms
         else:
             terms = tuple(term.repeated(self.rows // max(members, 1)) for term in weight.terms)
-        return PerturbedWeight(weight.mean_weight, terms, Layout(self.rows, self.rows, 0), weight.origin)
+        return weight.with_rows(Layout(self.rows, self.rows, 0), terms)
 
 
 def is_fresh(weight: PerturbedWeight) -> bool:
@@ -77,14 +77,14 @@ def per_step(weight: Any) -> Any:
     if not isinstance(weight, PerturbedWeight) or not getattr(weight.origin.estimator, "per_step", False) or is_fresh(weight):
         return weight
     terms = tuple(replace(term, factors=tuple(replace(f, values=None, packed=True) for f in term.factors)) for term in weight.terms)
-    return PerturbedWeight(weight.mean_weight, terms, Layout(None, None, 0), weight.origin)
+    return weight.with_rows(Layout(None, None, 0), terms)
 
 
 def on_rows(weight: Any, rows: int, dim: int) -> Any:
     """The weight, for an operand whose rows are on ``dim``."""
     if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
         return weight
-    return PerturbedWeight(weight.mean_weight, weight.terms, Layout(weight.batch.members, rows, dim), weight.origin)
+    return weight.with_rows(Layout(weight.batch.members, rows, dim))
 
 
 def first_rows(weight: Any, size: int) -> Any:
@@ -92,7 +92,7 @@ def first_rows(weight: Any, size: int) -> Any:
     if not isinstance(weight, PerturbedWeight) or is_fresh(weight):
         return weight
     terms = tuple(term.members(slice(0, size)) for term in weight.terms)
-    return PerturbedWeight(weight.mean_weight, terms, Layout(size, size, 0), weight.origin)
+    return weight.with_rows(Layout(size, size, 0), terms)
 
 
 def place_of(carriers: Sequence[PerturbedWeight], x: Tensor, axis: int, what: str) -> Rows:

@@ -29,7 +29,7 @@ from flipout.intervals import Estimate, estimate_mean
 from flipout.perturb import Perturbed
 from flipout.storage.blocks import BlockFile
 from flipout.variance.identity import describe_net
-from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, check_parts, require_finite
+from flipout.variance.measure import Parts, add_parts, block_sizes, check_net, check_parts, require_finite_block
 from flipout.variance.sampling import check_loss
 from flipout.variance.variance_table import table
 
@@ -308,7 +308,7 @@ class _PairSums:
         for name in self._sum:
             across = (self._sum[name].double().square().sum() - self._squares[name]) / (k * (k - 1))
             found[name] = ((self._products[name] / k - across).item(), self._differences[name].item() / (2 * k))
-            require_finite(dict.fromkeys([name], sum(found[name])))
+            require_finite_block(dict.fromkeys([name], sum(found[name])))
         return found
 
 

@@ -17,7 +17,7 @@ from flipout.variance.named import named_estimators
 from flipout.variance.results import EstimatorVariance, GradientVariance, require_grouping
 from flipout.variance.sampling import check_loss
 
-__all__ = ["Block", "Parts", "add_parts", "block_sizes", "check_net", "check_parts", "gradient_variance", "require_finite"]
+__all__ = ["Block", "Parts", "add_parts", "block_sizes", "check_net", "check_parts", "gradient_variance", "require_finite_block"]
 
 #: Rows of a parameter that are reported beside it: a name of one's own, the parameter's name, and its rows.
 Parts = Mapping[str, tuple[str, slice]]
@@ -127,7 +127,7 @@ def measured(
             moments.add(add_parts(drawn, parts))
             if on_draw is not None:
                 on_draw()
-        yield require_finite(moments.variance())
+        yield require_finite_block(moments.variance())
 
 
 def point(
@@ -184,7 +184,7 @@ def check_parts(net: Perturbed, parts: Parts | None, of: str = "mean") -> Parts:
     return parts or {}
 
 
-def require_finite(variances: Block) -> Block:
+def require_finite_block(variances: Block) -> Block:
     """The block, if every number in it is finite; else raises ArgumentError with the first parameter that is not."""
     for name, value in variances.items():
         if not math.isfinite(value):

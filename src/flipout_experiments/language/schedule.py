@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flipout.arguments import is_count
 from flipout.errors import ArgumentError
 
 __all__ = ["NonMonotonic"]
@@ -28,7 +29,7 @@ class NonMonotonic:
     """
 
     def __init__(self, interval: int = 5) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        if not is_count(interval):
             raise ArgumentError(f"NonMonotonic(interval={interval!r}): expected a number of checks, 1 or more")
         self.interval = interval
         self.values: list[float] = []

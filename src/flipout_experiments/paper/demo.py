@@ -8,7 +8,7 @@ perturbation shared by the batch it levels off. Flipout shares one too, and fall
 from __future__ import annotations
 
 import copy
-import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from flipout.errors import ArgumentError
 from flipout.gradients import micro_batches, rows_at_once
 from flipout.noise import MultiplicativeGaussian
 from flipout.perturb import Perturbed
+from flipout.storage.files import make_folder, write_json
 from flipout.streams import stream
 from flipout.variance import ESTIMATORS, EstimatorVariance, gradient_variance
 from flipout_experiments.harness.environment import describe_environment, find_device
@@ -66,19 +67,26 @@ def run_demo(settings: DemoSettings, progress: Progress = lambda phase, done, to
 
 
 def save_result(result: DemoResult, folder: Path) -> list[Path]:
-    """Writes ``result.json``, ``demo.png`` and ``demo.svg`` into a folder, which is made if need be.
+    """Writes ``result.json``, ``demo.png`` and ``demo.svg`` into a folder, and what ``flipout report`` reads of one.
+
+    A result that is there is replaced: the demonstration has no checkpoints, and goes on with nothing.
 
     Raises:
         ArgumentError: if ``folder`` exists and is not a folder.
+        SaveError: if it cannot be made, or a file cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"{folder} is a file; name a folder for the results")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "figures")
+    found = result.as_dict()
     paths = [folder / "result.json", folder / "demo.png", folder / "demo.svg"]
-    paths[0].write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {"experiment": "demo", "preset": None, "settings": found["settings"]})
+    write_json(folder / "environment.json", result.environment)
     figure = draw_demo(result)
     for path in paths[1:]:
         figure.savefig(path)
+    shutil.copyfile(paths[2], folder / "figures" / "demo.svg")
+    write_json(paths[0], found)  # last: it says that the run is finished
     return paths
 
 

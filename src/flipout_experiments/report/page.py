@@ -101,6 +101,9 @@ def _section(index: int, run: FinishedRun, claims: Sequence[Claim]) -> Iterator[
         with _intact(run):
             run.entry.load().show(run.result, console)
         yield f"<h3>Numbers</h3>{''.join(console.parts)}"
+    for each in run.result.get("tables", ()):
+        with _intact(run):
+            yield html_table(each["title"], each["header"], each["rows"])
     yield _details("Settings", {"preset": run.result.get("preset"), **_flat(run.result.get("settings", {}))})
     seconds = {name: _duration(float(value)) for name, value in run.result.get("seconds", {}).items()}
     yield _details("Wall time", {**seconds, "in all": _duration(run.seconds)})

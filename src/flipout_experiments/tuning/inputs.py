@@ -174,7 +174,7 @@ def with_adapters(model: Any, rank: int, targets: str, seed: int) -> Any:
         ArgumentError: if peft is not installed, or the targets match nothing.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ArgumentError("--lora needs peft, which is not installed: pip install 'flipout[lora]'")
+        raise ArgumentError("--lora needs peft, which is not installed: pip install 'flipout[peft]'")
     from peft import LoraConfig, get_peft_model
 
     names: Any = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]

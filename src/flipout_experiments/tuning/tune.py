@@ -89,7 +89,8 @@ def tune_settings(model: str, prompts: Path, reward: str, valid: Path | None = N
         ArgumentError: for a file that is not there, an unknown estimator, numbers that mean nothing.
     """
     valid = prompts if valid is None else valid
-    read_prompts(prompts), read_prompts(valid)
+    for texts in (prompts, valid):
+        read_prompts(texts)  # raises for what cannot be read
     folder = Path(model)
     digest = fingerprint(prompts, valid, *([folder] if folder.is_dir() else []))
     place = folder.resolve() if folder.is_dir() else folder
