@@ -22,7 +22,10 @@ nitpicky = True  # a name in a docstring that leads nowhere is an error
 nitpick_ignore_regex = [
     (r"py:meth", r"flipout\.rows\..*"),
     # Other people's names: their documentation is on the network, and this site needs none.
-    (r"py:.*", r"(torch|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?"),
+    (
+        r"py:.*",
+        r"(torch|transformers|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?",
+    ),
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.
     (

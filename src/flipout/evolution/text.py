@@ -57,7 +57,7 @@ class TextRewards:
         max_new_tokens: at most so many a text.
         temperature, top_k, top_p: of sampled decoding; a temperature of 0 takes the likeliest token.
         prompts_at_once: in one ``generate``, for memory; None for all. The rows are as many times the members of a chunk.
-        processes: for the reward; 0 for this process. See :class:`concurrent.futures.ProcessPoolExecutor`.
+        processes: for the reward; 0 for this process. Others are started afresh, so the reward is a function of a module.
         seed: of the dice.
         pad_token_id, eos_token_id: None for the tokenizer's.
         options: for ``generate``, such as ``cache_implementation="static"``.

@@ -104,6 +104,8 @@ def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
         sides = _split(term, x.dtype)
         if sides is None:
             y = y + torch.matmul(x, _matrices(term, weight, x.dtype).mT)
+        elif not base.dim() and sides[0] is not None and sides[1] is not None:  # a rank: an outer product, added as it is made
+            y = torch.addcmul(y, torch.matmul(x, (sides[0] * base).unsqueeze(-1)), sides[1].unsqueeze(1))
         else:
             full = base if base.dim() or (sides[0] is not None and sides[1] is not None) else base.expand(weight.mean_weight.shape)
             y = y + factored_product(x, full, *sides, dtype=product_dtype(weight.origin.estimator, x))
