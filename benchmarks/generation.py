@@ -25,8 +25,8 @@ CONTESTANTS: dict[str, flipout.Estimator] = {
 BOUNDS = {"low rank 1": 1 / 0.8, "flipout": 1 / 0.6, "flipout, bfloat16 noise": 1 / 0.7}
 
 TEXT = f"""GPT-2 of width {WIDTH} with {LAYERS} layers, {ROWS} rows, prompts of {PROMPT} tokens, {WRITTEN} new ones, greedy,
-float32, dynamic key-value caches. *plain*: one `generate` of the mean weights with as many rows. *in place*: one member after the other, its
-perturbation added to the weights from a seed and taken away again (ES at Scale, arXiv 2509.24372). Drawing the members is part of
+float32, dynamic key-value caches. *plain*: one `generate` of the mean weights with as many rows. *in place*: one member after the other,
+its perturbation added to the weights from a seed and taken away again (ES at Scale, arXiv 2509.24372). Drawing the members is part of
 every time; {THREADS} threads."""
 
 
