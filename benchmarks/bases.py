@@ -3,7 +3,7 @@
     python -m benchmarks.bases --net convle --bases 64 --data-dir DATA --out FOLDER
 
 Not among the runs of ``python -m benchmarks``: it pre-trains the paper's nets, and goes on from what it left in FOLDER. At each N a
-batch has K = min(N, bases) bases. Independent noise is what flipout is with as many bases as examples.
+batch has K = min(N, bases) bases; α/N, the law of independent noise, is taken from N = 1.
 """
 
 from __future__ import annotations
@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject = prepare(question.subject, run, silent)
         curves = _curve(subject, question, run, "flipout", lambda n: 1)
         curves = curves.joined(_curve(subject, question, run, "bases", lambda n: min(n, question.bases)))
-        curves = curves.joined(_curve(subject, question, run, "independent", lambda n: n if n <= 64 else 1))
         for panel, names in subject.panels.items():
             told = [f"slope {curves.slope('flipout', names)}", f"with bases {curves.slope('bases', names)}"]
             last = question.sizes[-1]
