@@ -42,7 +42,7 @@ INTERNAL = {
     "flipout.Flipout": {"groups"},
     "flipout.Noise": {"sourced"},
     "flipout.Perturbed": {"sites"},
-    "flipout.PerturbedWeight": {"at", "for_tokens", "map", "moved", "replace", "require_drawn", "rows_in"},
+    "flipout.PerturbedWeight": {"at", "for_tokens", "map", "moved", "replace", "require_drawn", "rows_in", "with_rows"},
     "flipout.evolution.EvolutionStrategy": {"evaluated_elsewhere"},
     "flipout.regularize.Regularized": {"drawing"},
 }

@@ -11,9 +11,11 @@ Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 _RULES: dict[tuple[Any, type], Rule] = {}
+#: The keys of rules that were told to know of several bases.
+_OF_BASES: set[tuple[Any, type]] = set()
 
 
-def rule(operation: Any, *estimators: type) -> Callable[[_R], _R]:
+def rule(operation: Any, *estimators: type, bases: bool = False) -> Callable[[_R], _R]:
     """Registers how ``operation`` meets a perturbed weight under the given estimators.
 
     The decorated function is called with the arguments of the torch operation, in which perturbed weights are
@@ -24,6 +26,8 @@ def rule(operation: Any, *estimators: type) -> Callable[[_R], _R]:
         operation: the function that torch dispatches on, for example ``torch.nn.functional.linear``, or a tuple of
             aliases of it, for example ``(torch.matmul, torch.Tensor.matmul)``.
         *estimators: estimator classes, for example :class:`flipout.Flipout`.
+        bases: whether a rule for Flipout reads the terms of ``Flipout(bases=K)`` as well, whose bases have a leading axis. One that
+            does not is passed over there for a rule of a base class, such as ``flipout.Estimator``, or refused by name.
 
     Example:
         ``torch.outer(w, x)`` of a perturbed vector ``w`` is linear in ``w``, so it is exact per example:
@@ -49,16 +53,22 @@ def rule(operation: Any, *estimators: type) -> Callable[[_R], _R]:
         for each in operations:
             for kind in estimators:
                 _RULES[each, kind] = function
+                (_OF_BASES.add if bases else _OF_BASES.discard)((each, kind))
         return function
 
     return register
 
 
-def find_rule(operation: Any, estimator: type) -> Rule | None:
-    """The rule for ``operation`` under ``estimator`` or its nearest base class, or None."""
+def find_rule(operation: Any, estimator: type, several: bool = False) -> Rule | None:
+    """The rule for ``operation`` under ``estimator`` or its nearest base class, or None.
+
+    Args:
+        operation, estimator: as registered.
+        several: whether members have several bases, which a rule for an estimator that offers them must be told to know.
+    """
     for kind in estimator.__mro__:
         found = _RULES.get((operation, kind))
-        if found is not None:
+        if found is not None and not (several and hasattr(kind, "bases") and (operation, kind) not in _OF_BASES):
             return found
     return None
 

@@ -228,13 +228,17 @@ class PerturbedWeight(torch.Tensor):
         carrier = next((a for a in args if type(a) is PerturbedWeight), None)
         if carrier is None:
             carrier = next(carriers_in((args, kwargs)))
-        found = find_rule(func, type(carrier.origin.estimator))
+        estimator = carrier.origin.estimator
+        several = getattr(estimator, "bases", 1) > 1
+        found = find_rule(func, type(estimator), several)
         if "out" in kwargs and not getattr(found, "takes_out", False):
             if kwargs["out"] is not None:
                 raise missing_rule(func, carrier, args, _OUT, loops=False)
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if found is None:
-            return unruled(func, args, kwargs, missing_rule(func, carrier, args))
+            alone = several and find_rule(func, type(estimator)) is not None
+            why = "its rule reads one base perturbation, and there are several (write it with bases=True)" if alone else ""
+            return unruled(func, args, kwargs, missing_rule(func, carrier, args, why))
         try:
             return found(*args, **kwargs)
         except MissingRuleError as error:

@@ -11,6 +11,7 @@ from laws import EXACT, Z_LIMIT, distance, oracle, worst, wrap, z_difference
 from torch import Tensor, nn
 
 import flipout
+from flipout import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -155,3 +156,30 @@ def test_compiled_whole(name: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(net, fullgraph=True, backend="eager")
         assert distance(compiled(*x), net(*x)) <= EXACT
+
+
+def test_a_rule_that_does_not_know_of_bases_is_passed_over_or_refused_by_name() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.outer(x, self.weight)
+
+    key = (torch.outer, flipout.Flipout)
+    rules = registry._RULES
+    net = flipout.Perturbed(Outer(), flipout.Gaussian(0.1), TWO)
+    try:
+        flipout.rule(torch.outer, flipout.Flipout)(lambda x, w: x[:, None] * (w.mean_weight + w.terms[0].base))
+        with pytest.raises(flipout.MissingRuleError, match="bases=True"):
+            net(torch.ones(4))
+        flipout.rule(torch.outer, flipout.Estimator)(lambda x, w: x[:, None] * w.dense())
+        with net.hold(4) as draw:
+            assert distance(net(torch.ones(4)), torch.stack([draw.weights(n)["weight"] for n in range(4)])) < 1e-6
+        flipout.rule(torch.outer, flipout.Flipout, bases=True)(lambda x, w: x[:, None] * 0)
+        assert not net(torch.ones(4)).any()
+    finally:
+        rules.pop(key, None)
+        rules.pop((torch.outer, flipout.Estimator), None)
+        registry._OF_BASES.discard(key)

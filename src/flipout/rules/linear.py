@@ -70,7 +70,7 @@ def _token_rows(x: Tensor, *weights: Any) -> tuple[Tensor, list[Any]]:
     return flat, drawn
 
 
-@rule(F.linear, Flipout, LowRank)
+@rule(F.linear, Flipout, LowRank, bases=True)
 def linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """y_n = W̄ x_n + Σ_t v_tn ∘ (B_t (u_tn ∘ x_n)): two products for flipout."""
     if is_constant(input, weight, bias):

@@ -12,6 +12,7 @@ from rich.table import Table
 import flipout
 from flipout_experiments.commands.lm_command import lm
 from flipout_experiments.commands.reproduce_command import reproduce
+from flipout_experiments.commands.tune_command import tune
 from flipout_experiments.commands.usage import epilog
 from flipout_experiments.harness.console import interval, progress_bars, spread
 
@@ -29,6 +30,12 @@ app = typer.Typer(
 
 app.add_typer(reproduce, name="reproduce")
 app.command(epilog=epilog("flipout lm --text book.txt --epochs 5", "flipout lm --text book.txt --resume --prompt Once"))(lm)
+app.command(
+    epilog=epilog(
+        "flipout tune --model gpt2 --prompts prompts.txt --reward rewards.py:score",
+        "flipout tune --model gpt2 --prompts prompts.jsonl --reward tasks:score --lora 4 --workers 8 --resume",
+    )
+)(tune)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from flipout_experiments.harness.plot_style import RC
 
-__all__ = ["draw_losses", "draw_returns", "draw_seconds"]
+__all__ = ["draw_losses", "draw_returns", "draw_rewards", "draw_seconds"]
 
 _COLOURS = {"flipes": "#0072B2", "ideales": "#009E73", "backprop": "#555555"}
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
@@ -75,6 +75,23 @@ def draw_returns(curve: list[dict[str, float]], env: str) -> Figure:
         axes.set_xlabel("generation")
         axes.set_ylabel("return")
         axes.set_title(env)
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.legend(frameon=False)
+        return figure
+
+
+def draw_rewards(curve: list[dict[str, float]], judged: list[dict[str, float]]) -> Figure:
+    """Mean reward of a population with its spread, and that of the mean model, against generations."""
+    with rc_context(RC):
+        figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+        axes = figure.subplots()
+        x = np.arange(1, len(curve) + 1)
+        mean, spread = (np.array([point[name] for point in curve]) for name in ("mean", "spread"))
+        axes.fill_between(x, mean - spread, mean + spread, color="#0072B2", alpha=0.2, linewidth=0)
+        axes.plot(x, mean, color="#0072B2", linewidth=1.5, label="population, ± standard deviation")
+        axes.plot([p["generation"] for p in judged], [p["reward"] for p in judged], "o-", color="#D55E00", label="mean model")
+        axes.set_xlabel("generation")
+        axes.set_ylabel("reward")
         axes.grid(color="0.92", linewidth=0.8)
         axes.legend(frameon=False)
         return figure
