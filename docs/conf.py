@@ -24,7 +24,7 @@ nitpick_ignore_regex = [
     # Other people's names: their documentation is on the network, and this site needs none.
     (
         r"py:.*",
-        r"(torch|transformers|collections|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?",
+        r"(torch|transformers|collections|dataclasses|concurrent|abc|pathlib|fnmatch|sklearn|gymnasium|numpy|nn|gym|typing|types|contextlib)(\..*)?",
     ),
     (r"py:class", r"Axes|Tensor|ABC|NamedTuple"),
     # What estimators and rules hand to one another: nothing that a user makes or keeps.

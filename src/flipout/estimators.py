@@ -81,7 +81,7 @@ class Flipout(Estimator):
     With ``noise_dtype`` the second product runs in another precision: ΔW and the operand that it meets are rounded to it, the signs
     are exact, and the sum with the mean's product is in the mean's precision. See the page on estimators for what that does to the
     law. Where a device multiplies no faster in it, which is measured once, the noise keeps the mean's precision, and a
-    :class:`flipout.PrecisionWarning` says so.
+    :class:`flipout.errors.PrecisionWarning` says so.
 
     Args:
         granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an
