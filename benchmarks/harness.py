@@ -8,7 +8,7 @@ Other processes on the machine slow what uses two threads more than what uses on
 tells (Linux), blocks of rounds during which others used more than a twentieth of it are set aside, and the race waits for quiet
 up to a limit; past that the disturbed rounds are used as well, and the table shows how busy the others were.
 
-On a machine that is never quiet, BENCH_CLOCK=thread times the processor seconds of the main thread in place of seconds by the
+On a machine that is never quiet, BENCH_CLOCK=thread times the processor seconds of the main thread instead of seconds by the
 clock. With OMP_WAIT_POLICY=PASSIVE, where a thread that waits for another uses none, that is what a quiet machine's clock would
 show but for the moments in which threads are woken; what others do to the shared caches is still in it.
 """

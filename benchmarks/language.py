@@ -21,7 +21,7 @@ BOUND = 2.3
 
 TEXT = """One training step: forward, cross-entropy, backward, clipping and AMSGrad, float32, one-hot inputs of 50 symbols,
 multiplicative Gaussian noise on the hidden-to-hidden matrix, drawn anew for each step and held over its time steps. The recurrent
-product is nearly the whole cost of this model, and under flipout there are two in the forward pass and four in place of two in the
+product is nearly the whole cost of this model, and under flipout there are two in the forward pass and four instead of two in the
 backward pass: the limit is about 2."""
 
 

@@ -91,7 +91,7 @@ class EvoTorch:
 
     Args:
         game, seed: of the run.
-        ours: whether it has the library's population, σ, Adam and policy, in place of what examples/scripts/rl_clipup.py has.
+        ours: whether it has the library's population, σ, Adam and policy, instead of what examples/scripts/rl_clipup.py has.
     """
 
     def __init__(self, game: Game, seed: int, ours: bool = False) -> None:

@@ -149,7 +149,7 @@ def text_of(games: Sequence[Game], systems: Collection[str]) -> str:
 * *flipout*: the library's strategy with Adam, centered ranks and normalised observations; σ falls to a half and the step to a
   tenth over the time. {ours}.
 * *EvoTorch*: its PGPE with ClipUp on its vectorised gymnasium problem, initial radius 15 and step 0.75 times `max_speed`, with
-  what its `rl_clipup.py` has for LunarLander(Continuous), and for Walker2d in place of Swimmer, which is not there. {theirs}.
+  what its `rl_clipup.py` has for LunarLander(Continuous), and for Walker2d instead of Swimmer, which is not there. {theirs}.
 {third}
 The settings of *flipout* were found by trials on these environments and seeds; [results.md](results.md#reinforcement-learning)
 lists what else was tried. Those of *EvoTorch* are taken as told, and were not sought.

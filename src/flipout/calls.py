@@ -194,7 +194,7 @@ class Call(TorchFunctionMode):
         return result
 
     def _swap(self, value: Any, func: Any) -> Any:
-        """The argument of an operation, with carriers in place of the selected parameters."""
+        """The argument of an operation, with carriers instead of the selected parameters."""
         if isinstance(value, Tensor):
             if type(value) is PerturbedWeight:
                 self._require_own(value)
@@ -545,7 +545,7 @@ def _packed_rows(batch: PackedSequence) -> Rows:
 
 
 _WRITTEN = (
-    "it writes into it, which would change the weights of one call in place of the mean (do it outside the call, to the parameter)"
+    "it writes into it, which would change the weights of one call instead of the mean (do it outside the call, to the parameter)"
 )
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SOMETIMES_RAW = frozenset({torch.Tensor.to, _DATA})

@@ -12,6 +12,7 @@ __all__ = [
     "MissingRuleError",
     "NotFiniteError",
     "OutOfMemoryError",
+    "PrecisionWarning",
     "SaveError",
     "UnmetWarning",
     "UnsupportedNoiseError",

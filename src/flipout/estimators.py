@@ -68,14 +68,14 @@ class Flipout(Estimator):
         W_n = W̄ + ΔW ∘ (r_n s_nᵀ),      r_n ∈ {±1}^out,  s_n ∈ {±1}^in
 
     Wen et al. 2018, Eq. 4. Unbiased for noise that is symmetric about zero and independent across weights; each member's
-    weights have exactly the noise's law, and members are uncorrelated given nothing. Costs two matrix products in place of one.
+    weights have exactly the noise's law, and members are uncorrelated given nothing. Costs two matrix products instead of one.
 
     With ``bases=K`` the N members stand in K groups of N/K, one after the other, each group with a ΔW of its own. In the terms of
     Theorem 2 the variance of the gradient becomes
 
         α/N + (1/K - 1/N) γ
 
-    in place of α/N + (1 - 1/N) γ; at K = N the members are independent. The products are as many and as large, in one batch; K
+    instead of α/N + (1 - 1/N) γ; at K = N the members are independent. The products are as many and as large, in one batch; K
     times as much noise is drawn and kept. :func:`flipout.variance.suggest_bases` says which K to take.
 
     With ``noise_dtype`` the second product runs in another precision: ΔW and the operand that it meets are rounded to it, the signs
@@ -87,7 +87,7 @@ class Flipout(Estimator):
         granularity: ``"example"`` (default) gives each example of the batch one set of weights, whatever the rank of an
             operation's input. ``"token"`` draws new signs for every row of every operation: what mixtures of experts need, and no
             longer one function per example.
-        per_step: whether recurrent layers and cells draw new signs at every time step, in place of one set a sequence. ΔW stays
+        per_step: whether recurrent layers and cells draw new signs at every time step, instead of one set a sequence. ΔW stays
             one draw. Members then have no weights to list, and other layers are as before.
         bases: K, a positive integer that divides the number of members.
         noise_dtype: ``torch.bfloat16``, ``torch.float16``, or None for the precision of the mean.

@@ -83,7 +83,7 @@ def _uncounted() -> Iterator[None]:
 
 
 def composed(*tensors: Tensor | None) -> bool:
-    """Whether to compose plain torch operations in place of a hand-written backward.
+    """Whether to compose plain torch operations instead of a hand-written backward.
 
     Under ``torch.compile`` the compiler fuses them itself; under ``torch.func`` transforms only plain operations
     differentiate; without a gradient there is no backward to save.

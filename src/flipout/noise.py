@@ -75,7 +75,7 @@ class Noise(ABC):
 
     @property
     def discrete(self) -> bool:
-        """Whether the law has a mass in place of a density."""
+        """Whether the law has a mass instead of a density."""
         return False
 
     @abstractmethod

@@ -149,7 +149,7 @@ class PerturbedWeight(torch.Tensor):
 
     @property
     def drawn(self) -> bool:
-        """Whether the members have weights; not where an estimator draws the noise of a result in place of a weight's."""
+        """Whether the members have weights; not where an estimator draws the noise of a result instead of a weight's."""
         return not any(f.in_result for term in self.terms for f in term.factors)
 
     def require_drawn(self, what: str) -> None:

@@ -64,5 +64,5 @@ def test_the_result_has_the_plain_modules_dtype(case: Case, estimator: str) -> N
                     wrong.append(f"{told}: {error}")
                     continue
             if y.dtype != expected:
-                wrong.append(f"{told}: {y.dtype} in place of {expected}")
+                wrong.append(f"{told}: {y.dtype} instead of {expected}")
     assert not wrong, "\n".join(wrong)

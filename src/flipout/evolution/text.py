@@ -1,4 +1,4 @@
-"""Rewards on text: prompts and strings in place of tensors, for any causal language model of Hugging Face's form."""
+"""Rewards on text: prompts and strings instead of tensors, for any causal language model of Hugging Face's form."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class ZerothOrder:
         ∇W̄ ≈ 1/N Σ_n (L_n(W̄ + ΔW_n) - L_n(W̄ - ΔW_n)) / (2 σ²) ΔW_n
 
     the two-point estimator (SPSA, Spall 1992) as MeZO has it (Malladi et al. 2023, Def. 1), with a direction ΔW_n for each example
-    in place of one for the batch (as GRZO has, Tan et al. 2026). It is unbiased for the gradient of the loss smoothed by the noise,
+    instead of one for the batch (as GRZO has, Tan et al. 2026). It is unbiased for the gradient of the loss smoothed by the noise,
     and for that of the loss itself where the loss is quadratic. Two forward passes of the batch, whatever its size; memory is that
     of inference, one gradient, and the signs of each example: the base perturbation lies where the gradient will be.
 
@@ -131,7 +131,7 @@ class ZerothOrder:
         Args:
             losses: ``losses(module, batch) -> [rows]``, a loss for each row of the batch it is given, called once a pass. With k
                 directions it is given the batch repeated, ``[k, N]`` in direction-major blocks, and may return one loss a direction
-                in place of one a row, for objectives that are no mean over examples.
+                instead of one a row, for objectives that are no mean over examples.
             batch: a tensor, or tensors in dicts, lists and tuples, whose dimension ``batch_dim`` counts the examples.
             scale: of the gradient, such as 1 / steps of accumulation.
             examples: how many the batch has, where its tensors do not tell.

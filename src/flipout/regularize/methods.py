@@ -26,7 +26,7 @@ class Method:
         hidden: the hidden state on its way into its own hidden-to-hidden matrix, h_{t-1} ∘ m; the gates share the mask.
         update: the update of the cell, c_t = f ∘ c_{t-1} + m ∘ (i ∘ g), or of a GRU's hidden state (Semeniuta et al. 2016).
         zoneout: units that keep their value.
-        dropouts: what every ``nn.Dropout`` of the module does, in place of its own: the residual branches of a transformer.
+        dropouts: what every ``nn.Dropout`` of the module does, instead of its own: the residual branches of a transformer.
         noise: the law of the random weights, if there are any.
         estimator: how the sequences of a batch share a draw of them.
         include: name pattern of the random weights; by default all hidden-to-hidden matrices.

@@ -120,7 +120,7 @@ class Regularized(nn.Module):
             _states.reset(token)
 
     def _forwards(self, active: bool, generator: torch.Generator | None) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """What runs in place of the forward of each part."""
+        """What runs instead of the forward of each part."""
         last = len(self._layers) - 1
         sequences = _Sequences(self.batch_dim)
         for i, layer in enumerate(self._layers):
@@ -251,7 +251,7 @@ def _embed(
 
 
 def _drop(dropout: Dropout, batch_dim: int, generator: torch.Generator | None, input: Tensor) -> Tensor:
-    """In place of an ``nn.Dropout`` on ``[rows, steps, features]``, or ``[steps, rows, features]``."""
+    """Instead of an ``nn.Dropout`` on ``[rows, steps, features]``, or ``[steps, rows, features]``."""
     if input.dim() != 3 or batch_dim > 1:
         wanted = "[rows, steps, features]" if batch_dim == 0 else "[steps, rows, features]"
         raise ArgumentError(

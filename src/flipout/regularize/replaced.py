@@ -17,7 +17,7 @@ from torch import nn
 
 __all__ = ["current_forward", "replaced"]
 
-#: What the present context runs in place of the forward of each part.
+#: What the present context runs instead of the forward of each part.
 _active: ContextVar[Mapping[nn.Module, Callable[..., Any]] | None] = ContextVar("flipout_replaced_forwards", default=None)
 #: How many contexts replace the forward of each part now.
 _counts: dict[nn.Module, int] = {}

@@ -56,7 +56,7 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data split, the net, and every draw.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for result.json, demo.png and demo.svg.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds in place of a minute and a half: wide intervals.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of a minute and a half: wide intervals.")] = False,
 ) -> None:
     """Show on real digits how the variance of a gradient falls with the batch: shared noise, flipout, independent noise."""
     from flipout_experiments.paper.demo import DemoSettings, run_demo, save_result  # after the options, so that --help is fast

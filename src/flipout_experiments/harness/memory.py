@@ -22,7 +22,7 @@ def shortage_told(folder: Path) -> Iterator[None]:
     """Turns what torch (on the CPU or an accelerator), numpy and Python raise for lack of memory into one error.
 
     Raises:
-        OutOfMemoryError: in place of those; other errors pass.
+        OutOfMemoryError: instead of those; other errors pass.
 
     Example:
         >>> with shortage_told(Path("runs/a")):

@@ -123,7 +123,7 @@ class Run:
                 settings; if it holds something else; if another process is at work in it; if the device is not there or
                 tensorboard is not installed.
             SaveError: if nothing can be written there.
-            OutOfMemoryError: in place of what torch and Python raise inside where memory does not suffice.
+            OutOfMemoryError: instead of what torch and Python raise inside where memory does not suffice.
         """
         if tensorboard:
             Boards.check()

@@ -51,7 +51,7 @@ def _variance_panel(axes: Axes, result: DemoResult) -> None:
 
 
 def _label_curves(axes: Axes, result: DemoResult) -> None:
-    """Names in place of a legend, each with the slope of its curve."""
+    """Names instead of a legend, each with the slope of its curve."""
     lines = ["slope on log-log axes"]
     for i, name in enumerate(("shared", "flipout", "independent")):
         slope = result.slope(name)

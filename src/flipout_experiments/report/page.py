@@ -120,7 +120,7 @@ def _claims(run: FinishedRun) -> Sequence[Claim]:
 
 @contextmanager
 def _intact(run: FinishedRun) -> Iterator[None]:
-    """Raises ArgumentError in place of what a result raises that lacks numbers."""
+    """Raises ArgumentError instead of what a result raises that lacks numbers."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -51,7 +51,7 @@ class TuneSettings:
         batch: prompts a generation; 0 for all.
         rows: texts written at once, at most.
         include: name patterns of what is searched.
-        lora, lora_targets: rank of the adapters that are searched in place of the weights, and what they adapt; rank 0 for none.
+        lora, lora_targets: rank of the adapters that are searched instead of the weights, and what they adapt; rank 0 for none.
         zscore: whether rewards are compared prompt by prompt.
         judge_every, save_every: generations between two judgements of the mean model, and two checkpoints.
         workers: processes on Ray; 0 for this one.
