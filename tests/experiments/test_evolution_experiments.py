@@ -122,6 +122,11 @@ def test_training_ends_at_its_goal_or_its_time(tmp_path):
             assert train_es.train_es(settings(**changes), run, silent, video=False)["generations"] == generations
 
 
+def test_an_environment_s_own_threshold_is_the_goal():
+    assert train_es.threshold("CartPole-v1") == 475.0
+    assert train_es.threshold("Pendulum-v1") is None
+
+
 def test_train_es_from_the_command_line(tmp_path):
     from typer.testing import CliRunner
 

@@ -68,6 +68,40 @@ def test_the_same_generator_gives_the_same_prediction_and_no_other_state_moves()
     assert not torch.equal(a, bayes.predict(net, x, 8, generator=generator(4)).mean)
 
 
+class Answer:
+    """What a model of Hugging Face returns: an object with ``.logits``."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Reader(nn.Module):
+    """Takes keyword arguments, of which one has no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens, mask=None, scale=1.0, wrap=dict):
+        hidden = self.table(tokens)
+        hidden = hidden if mask is None else hidden * mask.unsqueeze(-1)
+        return wrap(logits=self.head(hidden.mean(1)) * scale)
+
+
+@pytest.mark.parametrize("wrap", [dict, Answer])
+def test_takes_keyword_arguments_and_reads_logits(wrap, monkeypatch):
+    net = flipout.Perturbed(Reader(), flipout.Gaussian(0.3)).eval()
+    tokens, mask = torch.arange(10).remainder(7).view(5, 2), torch.ones(5, 2)
+    monkeypatch.setattr(bayes.prediction, "_ROWS", 6)  # in several blocks of rows
+    x = {"tokens": tokens, "mask": mask, "scale": torch.tensor(2.0), "wrap": wrap}
+    found = bayes.sample_outputs(net, x, samples=3, generator=torch.Generator().manual_seed(1))
+    assert found.shape == (3, 5, 3)
+    with net.using(flipout.Independent()), net.hold(3, torch.Generator().manual_seed(1)):
+        whole = net(tokens.repeat(3, 1), mask.repeat(3, 1), scale=2.0)["logits"].unflatten(0, (3, 5))
+    torch.testing.assert_close(found, whole)
+    assert bayes.predict(net, x, samples=3).mean.shape == (5, 3)
+
+
 def test_mode_estimator_and_gradients_are_as_they_were():
     module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     net = flipout.Perturbed(module, flipout.Gaussian(0.1), include="*weight").train()

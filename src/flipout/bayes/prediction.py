@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from flipout.arguments import broadcasts, require_count
 from flipout.bayes.posterior import require_net
@@ -16,6 +17,7 @@ from flipout.buffers import batch_statistics
 from flipout.errors import ArgumentError, MissingRuleError
 from flipout.estimators import Independent, Shared
 from flipout.perturb import Perturbed
+from flipout.rows import count_rows
 
 __all__ = ["Classification", "Prediction", "Regression", "predict", "sample_outputs"]
 
@@ -156,7 +158,7 @@ def _require_variance(value: Any, like: Tensor) -> None:
 
 def predict(
     net: Perturbed,
-    x: Tensor,
+    x: Tensor | Mapping[str, Any],
     samples: int = 32,
     task: str = "classification",
     *,
@@ -175,9 +177,11 @@ def predict(
 
     Args:
         net: with its noise.
-        x: a batch.
+        x: a batch, or keyword arguments of the net such as a tokenizer gives: ``{"input_ids": …, "attention_mask": …}``. Of these
+            every tensor with as many rows as the first is cut with it.
         samples: S.
-        task: ``"classification"``, where the net returns logits ``[N, ..., classes]``, ``"regression"``, or ``"gaussian"``, a
+        task: ``"classification"``, where the net returns logits ``[N, ..., classes]``
+            or an object with ``.logits``, ``"regression"``, or ``"gaussian"``, a
             regression where it returns means and log-variances ``[N, 2 D]`` (:func:`flipout.bayes.gaussian_nll`).
         noise_variance: of the observations, to be added to the variance in a regression.
         generator: of the draws; None for the net's own.
@@ -211,14 +215,19 @@ def predict(
         return Regression.of_gaussians(outputs, keep_samples)
     if outputs.dim() < 3 or outputs.shape[-1] < 2:
         raise ArgumentError(
-            f"predict: the net returned {tuple(outputs.shape[1:])} for a batch of {x.shape[net.batch_dim]}; classification takes "
+            f"predict: the net returned {tuple(outputs.shape[1:])} for a batch of {_rows(net, x)}; classification takes "
             "logits [N, classes] with 2 classes or more; is it task='regression'?"
         )
     return Classification.of(outputs.softmax(-1), keep_samples)
 
 
 def sample_outputs(
-    net: Perturbed, x: Tensor, samples: int = 32, *, generator: torch.Generator | None = None, at_once: int | None = None
+    net: Perturbed,
+    x: Tensor | Mapping[str, Any],
+    samples: int = 32,
+    *,
+    generator: torch.Generator | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     """The net's outputs under independent draws of its weights, ``[samples, N, ...]``; arguments as for :func:`predict`.
 
@@ -234,9 +243,14 @@ def sample_outputs(
     """
     require_net(net)
     require_count("samples", samples, 1)
-    if not isinstance(x, Tensor) or x.dim() <= net.batch_dim:
+    if isinstance(x, Mapping):
+        x = dict(x)
+    if not isinstance(x, dict) and (not isinstance(x, Tensor) or x.dim() <= net.batch_dim):
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ArgumentError(f"predict: x is {shape}; expected a tensor with the examples on dimension {net.batch_dim}")
+        raise ArgumentError(
+            f"predict: x is {shape}; expected a tensor with the examples on dimension {net.batch_dim}, or a dict of keyword "
+            "arguments"
+        )
     weights = sum(site.mean.numel() for site in net.sites)
     most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
     with torch.no_grad(), _evaluating(net):
@@ -250,16 +264,42 @@ def sample_outputs(
             return torch.cat([_members(net, x, 1, generator) for _ in range(samples)])
 
 
-def _members(net: Perturbed, x: Tensor, members: int, generator: torch.Generator | None, whole: bool = False) -> Tensor:
+def _rows(net: Perturbed, x: Any) -> int:
+    """The rows of a batch, or of keyword arguments."""
+    return count_rows(net.module, net.batch_dim, (), x, net.rows) if isinstance(x, dict) else int(x.shape[net.batch_dim])
+
+
+def _called(net: Perturbed, x: Any, rows: int, part: slice, members: int) -> Tensor:
+    """The output for a part of the rows, once for each member."""
+    dim = net.batch_dim
+
+    def repeated(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() <= dim or value.shape[dim] != rows:
+            return value
+        return torch.cat([value.narrow(dim, part.start, part.stop - part.start)] * members, dim)
+
+    output = net(**tree_map(repeated, x)) if isinstance(x, dict) else net(repeated(x))
+    if not isinstance(output, Tensor):
+        output = output.get("logits", output) if isinstance(output, Mapping) else getattr(output, "logits", output)
+    wanted = members * (part.stop - part.start)
+    if not isinstance(output, Tensor) or output.dim() <= dim or output.shape[dim] != wanted:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ArgumentError(
+            f"predict: the net returned {found}; expected a tensor, or an object with .logits, with the rows of x on dimension "
+            f"{dim}"
+        )
+    return output
+
+
+def _members(net: Perturbed, x: Any, members: int, generator: torch.Generator | None, whole: bool = False) -> Tensor:
     """Outputs of some members, ``[members, N, ...]``: in blocks of rows under one held draw."""
     dim, parts = net.batch_dim, []
     estimator = Shared() if members == 1 else Independent()
     with net.using(estimator), net.hold(members, generator):
-        for rows in [x] if whole else x.split(max(1, _ROWS // members), dim):
-            output = net(torch.cat([rows] * members, dim))
-            if not isinstance(output, Tensor) or output.dim() <= dim or output.shape[dim] != members * rows.shape[dim]:
-                told = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ArgumentError(f"predict: the net returned {told}; expected a tensor with the rows of x on dimension {dim}")
+        rows = _rows(net, x)
+        step = rows if whole else max(1, _ROWS // members)
+        for start in range(0, rows, max(step, 1)):
+            output = _called(net, x, rows, slice(start, min(start + step, rows)), members)
             parts.append(output.unflatten(dim, (members, -1)).movedim(dim, 0))
     return torch.cat(parts, 1 + dim)
 

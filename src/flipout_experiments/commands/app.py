@@ -104,7 +104,8 @@ def train_es(
     hidden: Annotated[str, typer.Option(help="Hidden units of the policy, with commas; 0 for a linear policy.")] = "16",
     episodes: Annotated[int, typer.Option(min=1, help="Played by each policy in a generation.")] = 1,
     goal: Annotated[
-        float | None, typer.Option(help="Stop once the population's mean return stays above it; by default never.")
+        float | None,
+        typer.Option(help="Stop once the population's mean return stays above it; by default the environment's own threshold."),
     ] = None,
     max_seconds: Annotated[float, typer.Option(min=0, help="Stop after so many seconds of training; 0 for no limit.")] = 0.0,
     normalize: Annotated[bool, typer.Option(help="Normalise observations by what the population has seen.")] = True,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,7 @@ from flipout_experiments.paper.evolution.evolution_plots import draw_returns
 if TYPE_CHECKING:
     from flipout.evolution.rollouts import Rollouts
 
-__all__ = ["TrainSettings", "check_environment", "layer_sizes", "make_policy", "save_video", "train_es"]
+__all__ = ["TrainSettings", "check_environment", "layer_sizes", "make_policy", "save_video", "threshold", "train_es"]
 
 _WEIGHTS = 30
 
@@ -40,7 +43,8 @@ class TrainSettings:
         population, std, learning_rate: of the strategy and of Adam.
         generations: at most so many.
         episodes: that each member plays in a generation.
-        goal: ends training once the mean return of the population was above it for three generations in a row; None never does.
+        goal: ends training once the mean return of the population was above it for three generations in a row; None takes the
+            environment's own threshold, where it has one (inf never ends).
         normalize: of observations.
         max_seconds: ends training after so much time in the training phase; 0 never does. Such a run depends on the machine.
         judged: episodes of the mean policy at the end.
@@ -93,6 +97,14 @@ def check_environment(env: str) -> None:
     make_env(env)
 
 
+def threshold(env: str) -> float | None:
+    """The mean return at which an environment counts as solved, if it says one."""
+    import gymnasium as gym
+
+    spec = gym.spec(env) if isinstance(env, str) else None
+    return None if spec is None else spec.reward_threshold
+
+
 def make_policy(rollouts: Rollouts, hidden: tuple[int, ...], seed: int) -> nn.Module:
     """A tanh network from observations to what the actions of the environment are read from."""
     import gymnasium as gym
@@ -126,6 +138,7 @@ def train_es(settings: TrainSettings, run: Run, progress: Progress, video: bool 
     for name, part in parts.items():
         if name in state:
             part.load_state_dict(state[name])
+    goal = threshold(settings.env) if settings.goal is None else settings.goal
     curve, above, spent = list(state["curve"]), int(state["above"]), float(state["seconds"])
     start = time.perf_counter()
     with run.phase("train", progress) as report:
@@ -135,7 +148,7 @@ def train_es(settings: TrainSettings, run: Run, progress: Progress, video: bool 
             point = {"mean": float(fitness.mean()), "best": float(fitness.max()), "generation": len(curve)}
             curve.append(point)
             run.log(step=len(curve), mean_return=point["mean"], best_return=point["best"], environment_steps=rollouts.steps)
-            above = above + 1 if settings.goal is not None and point["mean"] > settings.goal else 0
+            above = above + 1 if goal is not None and point["mean"] > goal else 0
             seconds = spent + time.perf_counter() - start
             late = 0 < settings.max_seconds < seconds
             if len(curve) % settings.save_every == 0 or len(curve) == settings.generations or above == 3 or late:
@@ -155,6 +168,20 @@ def train_es(settings: TrainSettings, run: Run, progress: Progress, video: bool 
     return {"generations": len(curve), "mean_return": float(returns.mean()), "standard_error": error, "curve": curve}
 
 
+@contextmanager
+def without_screen() -> Iterator[None]:
+    """Has SDL, which draws the classic environments, look for neither a screen nor loudspeakers inside."""
+    before = {name: os.environ.get(name) for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER")}
+    try:
+        for name in before:
+            os.environ.setdefault(name, "dummy")
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
 @torch.no_grad()
 def save_video(path: Path, env: str, policy: nn.Module, rollouts: Rollouts, seed: int, max_frames: int = 500) -> None:
     """One episode of the mean policy as an animated GIF, every second frame of it, half as large.
@@ -165,22 +192,23 @@ def save_video(path: Path, env: str, policy: nn.Module, rollouts: Rollouts, seed
     import gymnasium as gym
     from PIL import Image
 
-    try:
-        world = gym.make(env, render_mode="rgb_array", disable_env_checker=True)
-    except gym.error.Error as error:
-        raise ArgumentError(f"{env} cannot be drawn: {error}; pass --no-video") from error
     frames: list[Image.Image] = []
-    try:
-        observation, _ = world.reset(seed=seed)
-        over, step = False, 0
-        while not over and len(frames) < max_frames:
-            if step % 2 == 0:
-                picture: Any = world.render()
-                frames.append(Image.fromarray(picture).resize((picture.shape[1] // 2, picture.shape[0] // 2)))
-            observation, _, terminated, truncated, _ = world.step(rollouts.act(policy, np.asarray(observation)[None])[0])
-            over, step = bool(terminated or truncated), step + 1
-    finally:
-        world.close()
+    with without_screen():
+        try:
+            world = gym.make(env, render_mode="rgb_array", disable_env_checker=True)
+        except gym.error.Error as error:
+            raise ArgumentError(f"{env} cannot be drawn: {error}; pass --no-video") from error
+        try:
+            observation, _ = world.reset(seed=seed)
+            over, step = False, 0
+            while not over and len(frames) < max_frames:
+                if step % 2 == 0:
+                    picture: Any = world.render()
+                    frames.append(Image.fromarray(picture).resize((picture.shape[1] // 2, picture.shape[0] // 2)))
+                observation, _, terminated, truncated, _ = world.step(rollouts.act(policy, np.asarray(observation)[None])[0])
+                over, step = bool(terminated or truncated), step + 1
+        finally:
+            world.close()
     content = io.BytesIO()
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
     replace_file(path, content.getbuffer())
