@@ -165,7 +165,10 @@ class Call(TorchFunctionMode):
             return func(*args, **kwargs)
         if not (self._plain or self._tracing) and (fact := followed_alone(self.tracker, func, args, kwargs)) is not None:
             result = func(*args, **kwargs)
-            self.tracker.note(result, fact)
+            if type(result) is Tensor:
+                self.tracker.note(result, fact)
+            else:  # the indices that torch.where(condition) gives
+                follow(self.tracker, func, args, kwargs, result)
             return result
         self._carried = self._entered = False
         given = tuple([self._swap(arg, func) for arg in args])

@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import flipout
 from flipout.following import follow
 from flipout.rows import BATCH, Part, Rows, Tracker, entries
 
@@ -634,3 +635,16 @@ def test_einops() -> None:
     check(lambda t: einops.repeat(t, "n t d -> (n k) t d", k=2), x, fact)
     check(lambda t: einops.repeat(t, "n t d -> n k t d", k=3), x, fact)
     check(lambda t: einops.reduce(t, "n t d -> n d", "mean"), x, fact)
+
+
+def test_a_function_of_one_tensor_may_give_several():
+    class Indexed(nn.Linear):
+        def forward(self, x):
+            rows, columns = torch.where(x > 0)
+            return super().forward(x) * (rows.numel() == columns.numel())
+
+    x = torch.tensor([[1.0, -1.0], [2.0, 3.0]])
+    net = flipout.Perturbed(Indexed(2, 3), flipout.Gaussian(0.1))
+    with net.hold(2) as draw:
+        for n, y in enumerate(net(x)):
+            torch.testing.assert_close(y, draw.module(n)(x[n : n + 1])[0])
