@@ -1,4 +1,4 @@
-"""Buffers, and which layers of a module look at a whole batch at once."""
+"""Buffers and modes that are put back, and which layers of a module look at a whole batch at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "kept_buffers", "normalises_by_batch"]
+__all__ = ["batch_statistics", "evaluating", "kept_buffers", "normalises_by_batch"]
 
 
 def normalises_by_batch(part: nn.Module) -> bool:
@@ -57,3 +57,15 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
                 part._buffers[name] = buffer
                 if buffer is not None and not torch.equal(buffer, values[id(buffer)]):
                     buffer.copy_(values[id(buffer)])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; each part's own mode is put back after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

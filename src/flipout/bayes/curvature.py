@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flipout.arguments import require_count
-from flipout.buffers import kept_buffers
+from flipout.buffers import evaluating, kept_buffers
 from flipout.draw import Draw
 from flipout.errors import ArgumentError
 from flipout.estimators import Estimator, Flipout, LocalReparameterization
@@ -149,7 +148,7 @@ def diagonal_hessian(
     scales = dict(random.scales)
     mean = {name: torch.zeros_like(scale, requires_grad=False) for name, scale in scales.items()}
     squares = {name: torch.zeros_like(scale, requires_grad=False) for name, scale in scales.items()}
-    with _as_it_is(random), kept_buffers(module):
+    with evaluating(random), kept_buffers(module):
         for k in range(1, draws + 1):
             for name, value in _one_draw(random, loss_fn, data, scales, std).items():
                 delta = value - mean[name]
@@ -210,15 +209,3 @@ def _require_finite(loss: Any) -> None:
         raise ArgumentError(
             f"diagonal_hessian: the loss of a batch is {float(loss.detach())}; is the net trained? Look for NaN, or lower std"
         )
-
-
-@contextmanager
-def _as_it_is(net: Perturbed) -> Iterator[None]:
-    """Evaluation mode, with frozen parameters left frozen and each part's mode put back."""
-    modes = [(part, part.training) for part in net.modules()]
-    try:
-        net.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

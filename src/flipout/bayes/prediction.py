@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from flipout.arguments import broadcasts, require_count
 from flipout.bayes.posterior import require_net
-from flipout.buffers import batch_statistics
+from flipout.buffers import batch_statistics, evaluating
 from flipout.errors import ArgumentError, MissingRuleError
 from flipout.estimators import Independent, Shared
 from flipout.perturb import Perturbed
@@ -253,7 +252,7 @@ def sample_outputs(
         )
     weights = sum(site.mean.numel() for site in net.sites)
     most = require_count("at_once", at_once, 1) if at_once is not None else max(1, min(_ENTRIES // weights, samples))
-    with torch.no_grad(), _evaluating(net):
+    with torch.no_grad(), evaluating(net):
         if batch_statistics(net.module):  # those of one member, over the whole of x
             return torch.cat([_members(net, x, 1, generator, whole=True) for _ in range(samples)])
         try:
@@ -302,15 +301,3 @@ def _members(net: Perturbed, x: Any, members: int, generator: torch.Generator | 
             output = _called(net, x, rows, slice(start, min(start + step, rows)), members)
             parts.append(output.unflatten(dim, (members, -1)).movedim(dim, 0))
     return torch.cat(parts, 1 + dim)
-
-
-@contextmanager
-def _evaluating(net: Perturbed) -> Iterator[None]:
-    """Evaluation mode, each part's own mode put back after it."""
-    modes = [(part, part.training) for part in net.modules()]
-    try:
-        net.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

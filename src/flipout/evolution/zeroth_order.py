@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flipout.arguments import require_count
-from flipout.buffers import kept_buffers
+from flipout.buffers import evaluating, kept_buffers
 from flipout.draw import Draw
 from flipout.errors import ArgumentError, BatchError, DrawError, NotFiniteError
 from flipout.estimators import Estimator, Flipout
@@ -148,7 +147,7 @@ class ZerothOrder:
             raise DrawError("backward() inside backward(): return the losses first")
         self._open = True
         try:
-            with torch.no_grad(), kept_buffers(self.module), _evaluating(self.module):
+            with torch.no_grad(), kept_buffers(self.module), evaluating(self.module):
                 found, weights, samples = self._measure(losses, batch, examples)
                 self._add(weights * scale, samples)
         finally:
@@ -323,15 +322,3 @@ def _repeated(batch: Any, times: int, dim: int) -> Any:
         return leaf.repeat([times if axis == dim else 1 for axis in range(leaf.dim())])
 
     return tree_map(repeated, batch)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each part afterwards in the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
